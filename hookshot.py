@@ -1,0 +1,5851 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MPL-2.0
+"""Hookshot: one signed HTTP request becomes one deployment that the operator wrote down beforehand.
+
+What flows, from the socket to the terminal state:
+
+    socket bytes
+      | SERVER             limits on size, time and number; nothing is parsed twice
+    Request
+      | API.dispatch       a row of ROUTES, its gates in the order written there
+    VerifiedBody
+      | WIRE.parse_deploy  all problems of the body at once
+    DeployRequest
+      | STORE.submit       one durable transaction; same id and same body -> the same answer
+    Deployment(Queued)     -> Accepted -> 202
+      | STORE.claim        the limits are in the claim itself
+      | PLAN.build_plan    pure: commands, environment, deadlines
+    Plan
+      | RUN                output goes to the deployment's log as it comes
+    Result
+      | PLAN.judge         -> Outcome -> LIFECYCLE.advance -> State
+      | STORE.move         compare and set
+    Moved                  published after the commit: log, waiting requests
+
+Down the page is up the stack: a section uses only sections above it (ASSETS, the last, holds only text).
+
+    1 ERRORS      2 VALUES     3 TEMPLATES    4 CONFIG    5 WIRE      6 LIFECYCLE   7 PLAN
+    9 EVENTS     11 WORLD     12 LOG         13 STORE    14 SECRETS  15 RUN        17 ENGINE
+   18 API        19 SERVER    21 DAEMON      22 CLIENT   23 CLI       A ASSETS
+"""
+
+import sys
+
+# Said before anything that an older Python or Windows does not have is imported.
+if sys.version_info < (3, 11) or sys.platform == "win32":
+    _found = "Windows" if sys.platform == "win32" else "Python %d.%d" % sys.version_info[:2]
+    sys.stderr.write("hookshot: needs Python 3.11 or newer on Linux or macOS; this is " + _found + "\n")
+    sys.exit(78)
+
+import argparse
+import base64
+import collections
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import hmac
+import http.client
+import http.server
+import ipaddress
+import itertools
+import json
+import os
+import pwd
+import queue
+import re
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import string
+import subprocess
+import threading
+import time
+import tomllib
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+__version__ = "2.0.0"
+
+
+# === 1. ERRORS ========================================================================================================
+# Every failure that a caller or an operator can meet is a row here; everything else is a bug.
+#
+# 1. A HookshotError is a row's name plus one sentence: what happened, with which value, what to do.
+# 2. The sentence never holds a secret, a command line, a pattern or a stack: callers read it.
+# 3. Rows are translated once, at the edge: to HTTP by API, to an exit status by CLI.
+
+
+class ErrorKind(NamedTuple):
+    """One kind of failure: its code in answers, HTTP status, exit status of the client, and when to try again."""
+
+    code: str
+    http: int
+    exit: int
+    title: str
+    retry_after_s: int | None = None
+
+
+# sysexits.h gives the numbers from 64 on; 10 to 14 are outcomes of a followed deployment (see EXIT_OF_STATE).
+EXIT_OK, EXIT_USAGE, EXIT_BUG, EXIT_CONFIG = 0, 2, 70, 78
+EXIT_STILL_RUNNING, EXIT_INTERRUPTED = 14, 130
+
+ERRORS: dict[str, ErrorKind] = {
+    "validation": ErrorKind("VALIDATION_ERROR", 400, 65, "The request is not valid"),
+    "bad_request": ErrorKind("BAD_REQUEST", 400, 65, "The HTTP request is malformed"),
+    "authentication": ErrorKind("AUTHENTICATION_ERROR", 401, 77, "The request is not authenticated"),
+    "access_denied": ErrorKind("ACCESS_DENIED", 403, 77, "Access is denied"),
+    "not_found": ErrorKind("NOT_FOUND", 404, 65, "There is no such resource"),
+    "service_not_found": ErrorKind("SERVICE_NOT_FOUND", 404, 65, "There is no such service"),
+    "deployment_not_found": ErrorKind("DEPLOYMENT_NOT_FOUND", 404, 65, "There is no such deployment"),
+    "method_not_allowed": ErrorKind("METHOD_NOT_ALLOWED", 405, 65, "The method is not allowed here"),
+    "request_timeout": ErrorKind("REQUEST_TIMEOUT", 408, 75, "The request took too long"),
+    "conflict": ErrorKind("DEPLOY_ID_CONFLICT", 409, 65, "The id is taken by another request"),
+    "length_required": ErrorKind("LENGTH_REQUIRED", 411, 65, "The body has no length"),
+    "too_large": ErrorKind("PAYLOAD_TOO_LARGE", 413, 65, "The body is too large"),
+    "uri_too_long": ErrorKind("URI_TOO_LONG", 414, 65, "The request line is too long"),
+    "media_type": ErrorKind("UNSUPPORTED_MEDIA_TYPE", 415, 65, "The body is not of a supported type"),
+    "expectation": ErrorKind("EXPECTATION_FAILED", 417, 65, "The expectation cannot be met"),
+    "rate_limited": ErrorKind("RATE_LIMIT_EXCEEDED", 429, 75, "There were too many requests", 60),
+    "headers_too_large": ErrorKind("HEADERS_TOO_LARGE", 431, 65, "The headers are too large"),
+    "internal": ErrorKind("INTERNAL_ERROR", 500, 70, "The server made a mistake"),
+    "not_implemented": ErrorKind("NOT_IMPLEMENTED", 501, 65, "The transfer coding is not supported"),
+    "busy": ErrorKind("CONCURRENCY_LIMIT_EXCEEDED", 503, 75, "The service is busy", 30),
+    "overloaded": ErrorKind("CONNECTION_LIMIT_EXCEEDED", 503, 75, "There are too many connections", 5),
+    "shutting_down": ErrorKind("SHUTTING_DOWN", 503, 75, "The server is shutting down", 30),
+    "storage": ErrorKind("STORAGE_ERROR", 503, 75, "The database cannot be used", 30),
+    "http_version": ErrorKind("HTTP_VERSION_NOT_SUPPORTED", 505, 65, "The HTTP version is not supported"),
+    "disk_full": ErrorKind("DISK_FULL", 507, 75, "The disk is full", 60),
+    # The rest never leaves over HTTP: failures of the command line.
+    "usage": ErrorKind("USAGE", 400, 2, "The command line is wrong"),
+    "unreachable": ErrorKind("UNREACHABLE", 502, 69, "The server cannot be reached"),
+    "cannot_write": ErrorKind("CANNOT_WRITE", 500, 73, "A file cannot be written"),
+    "in_use": ErrorKind("IN_USE", 503, 75, "Another process holds it"),
+    "config": ErrorKind("CONFIG", 500, 78, "The configuration is wrong"),
+}
+KIND_OF_CODE = {kind.code: name for name, kind in ERRORS.items()}
+
+
+class HookshotError(Exception):
+    """A row of ERRORS and its sentence; `details` is a further text for the caller, or None."""
+
+    def __init__(self, name: str, sentence: str, *, details: str | None = None, retry_after_s: int | None = None):
+        super().__init__(sentence)
+        self.name = name
+        self.kind = ERRORS[name]
+        self.sentence = sentence
+        self.details = details
+        self.retry_after_s = self.kind.retry_after_s if retry_after_s is None else retry_after_s
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a file: where, and what to do about it. A warning does not stop the server."""
+
+    file: str
+    path: str
+    message: str
+    is_warning: bool = False
+
+
+class ConfigError(HookshotError):
+    """All problems of the configuration at once."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        super().__init__("config", f"{len(problems)} problem{'s' * (len(problems) != 1)} in the configuration")
+        self.problems = tuple(problems)
+
+
+# === 2. VALUES ========================================================================================================
+# Small texts and numbers, in and out: durations, sizes, times, ids, addresses. Everything here is pure.
+#
+# 1. parse_* raises ValueError with a sentence for the operator; render_* never fails.
+# 2. Patterns are used with fullmatch and re.ASCII: "$" would let a final newline pass, "\d" would let other digits.
+
+SERVICE_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}", re.ASCII)
+DEPLOY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
+SECRET_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+META_KEY = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+
+# A value from a request ends in an argument list: longer than this is no image name and no commit.
+MAX_VALUE_CHARS = 512
+
+_DURATION = re.compile(r"\s*(\d{1,9})\s*(s|m|h|d)?\s*", re.ASCII | re.IGNORECASE)
+_DURATION_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SIZE = re.compile(r"\s*(\d{1,15})\s*(b|kb|kib|k|mb|mib|m|gb|gib|g)?\s*", re.ASCII | re.IGNORECASE)
+_SIZE_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def parse_duration(value: object) -> int:
+    """Return whole seconds from an integer or a text such as "90s", "5m", "2h"."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(f"{render_value(value)} is not a duration; write seconds (90) or \"90s\", \"5m\", \"2h\"")
+    return int(match[1]) * _DURATION_UNITS[(match[2] or "s").lower()]
+
+
+def parse_size(value: object) -> int:
+    """Return bytes from an integer or a text such as "64KB", "1 mb" (1024-based)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(f"{render_value(value)} is not a size; write bytes (1048576) or \"64KB\", \"1MB\"")
+    return int(match[1]) * _SIZE_UNITS[(match[2] or "")[:1].lower()]
+
+
+def render_value(value: object) -> str:
+    """Return a configuration value as its file would write it, clipped, without control characters."""
+    if isinstance(value, str | bool | int | float | list | dict) or value is None:
+        return clip(json.dumps(value, ensure_ascii=False, default=str), 80)
+    return clip(escape_controls(str(value)), 80)
+
+
+def render_time(at_ms: int | None) -> str | None:
+    """Return RFC 3339 in UTC with milliseconds, or None for a time that has not come."""
+    if at_ms is None:
+        return None
+    seconds, ms = divmod(at_ms, 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{ms:03d}Z"
+
+
+def render_duration(duration_ms: int | None) -> str:
+    """Return a duration for people: "85 ms", "4.2 s", "3 m 20 s", "2 h 5 m"."""
+    if duration_ms is None:
+        return "-"
+    if duration_ms < 1000:
+        return f"{duration_ms} ms"
+    if duration_ms < 60_000:
+        return f"{duration_ms / 1000:.1f} s"
+    minutes, seconds = divmod(duration_ms // 1000, 60)
+    return f"{minutes} m {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} m"
+
+
+def render_size(size_bytes: int) -> str:
+    """Return a size for people, 1024-based."""
+    for unit, scale in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{size_bytes} B"
+
+
+def clip(text: str, limit: int) -> str:
+    """Return at most `limit` characters of `text`, an ellipsis in place of what was cut."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+_CONTROL_ESCAPES = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]} | {
+    9: "\\t", 10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029",
+    # Bidirectional overrides can make a log line read as something else ("Trojan source").
+    **{code: f"\\u{code:04x}" for code in [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]},
+}
+
+
+def escape_controls(text: str) -> str:
+    """Return `text` with every control character made visible, so that it cannot forge a log line or move a cursor."""
+    return text if text.isprintable() else text.translate(_CONTROL_ESCAPES)
+
+
+def check_request_value(text: str, *, may_start_with_dash: bool = False) -> str | None:
+    """Return what is wrong with a value from a request, or None: it may end in a command's arguments."""
+    if len(text) > MAX_VALUE_CHARS:
+        return f"is longer than {MAX_VALUE_CHARS} characters"
+    if not text.isprintable():
+        return "has control or other unprintable characters"
+    if text.startswith("-") and not may_start_with_dash:
+        return "starts with '-', so a command would take it for an option"
+    return None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the known name most like `name`, or nothing."""
+    import difflib  # only ever needed when something is wrong
+
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def parse_network(value: object) -> Network:
+    """Return the network of a bare address or a CIDR text; host bits must be zero."""
+    if not isinstance(value, str):
+        raise ValueError(f"{render_value(value)} is not an address; write \"192.0.2.7\" or \"192.0.2.0/24\"")
+    try:
+        return ipaddress.ip_network(value)
+    except ValueError:
+        pass
+    try:
+        right = ipaddress.ip_network(value, strict=False)
+    except ValueError:
+        raise ValueError(f"{render_value(value)} is not an address or CIDR network") from None
+    raise ValueError(f"{value} has host bits set; the network is {right}")
+
+
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address in a peer or forwarding text: brackets, port and zone stripped, v4-mapped unmapped."""
+    text = text.strip().strip('"')
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_in(address: object, networks: Sequence[Network]) -> bool:
+    """Return whether `address` (None for an unreadable one) lies in one of `networks`."""
+    return address is not None and any(address in network for network in networks)
+
+
+class ListenAddress(NamedTuple):
+    """Where the server listens: an IP address or host name, and a port (0 = any free one)."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Return the URL under which a client on this host reaches the server."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def parse_listen(value: object) -> ListenAddress:
+    """Return the parts of "127.0.0.1:8080", "[::1]:8080" or ":8080" (all IPv4 addresses)."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s]*)):(\d{1,5})", value) if isinstance(value, str) else None
+    if not match or int(match[3]) > 65535:
+        raise ValueError(f"{render_value(value)} is not host:port; write \"127.0.0.1:8080\", \":8080\" or \"[::1]:8080\"")
+    return ListenAddress(match[1] or match[2] or "0.0.0.0", int(match[3]))
+
+
+class ImageName(NamedTuple):
+    """The parts of a container image reference; parts that are absent are empty."""
+
+    registry: str
+    repository: str
+    tag: str
+    digest: str
+
+
+def parse_image(text: str) -> ImageName:
+    """Split [registry/]repository[:tag][@digest]; any text has a reading, none is an error."""
+    rest, _, digest = text.partition("@")
+    path, slash, last = rest.rpartition("/")
+    last, _, tag = last.partition(":")
+    whole = f"{path}{slash}{last}"
+    first, slash, remainder = whole.partition("/")
+    # A first component is a registry if it could be a host: the rule of the distribution reference grammar.
+    is_registry = bool(slash) and ("." in first or ":" in first or first == "localhost")
+    return ImageName(first, remainder, tag, digest) if is_registry else ImageName("", whole, tag, digest)
+
+
+# === 3. TEMPLATES =====================================================================================================
+# {{NAME | function(args)}} in commands, environment values, probes and custom variables.
+#
+# 1. What a template may name is checked when the configuration is loaded, never found out at deploy time.
+# 2. A value is inserted once; braces inside it stay text.
+# 3. Built-in names win over custom ones, those win over request metadata: metadata can shadow nothing.
+
+VARIABLES: dict[str, str] = {
+    "IMAGE": "the image to deploy",
+    "PREVIOUS_IMAGE": "the image a rollback returns to; empty when none is known",
+    "SERVICE": "name of the service",
+    "DEPLOY_ID": "id of the deployment",
+    "WORKING_DIR": "working directory of the service",
+    "TIMESTAMP": "start of the deployment, unix seconds",
+    "DATE": "start of the deployment, YYYY-MM-DD in UTC",
+    "DATETIME": "start of the deployment, RFC 3339 in UTC",
+    "ATTEMPT": "number of the attempt of this command, from 1",
+    "PHASE": "pre_deploy, deploy, healthcheck, post_deploy, rollback or on_failure",
+    "STATUS": "status of the deployment; in post_deploy and on_failure hooks",
+    "ERROR_MESSAGE": "why it failed; in on_failure hooks, else empty",
+}
+LATE_VARIABLES = frozenset({"STATUS", "ERROR_MESSAGE"})
+
+
+class TemplateFunction(NamedTuple):
+    """A function of templates: number of arguments, the work, and a line of documentation."""
+
+    arguments: int
+    apply: Callable[..., str]
+    doc: str
+
+
+def _apply_match(value: str, pattern: str) -> str:
+    match = re.search(pattern, value, re.ASCII)
+    return "" if not match else match[1] or "" if match.re.groups else match[0]
+
+
+def _apply_date(value: str, layout: str) -> str:
+    return time.strftime(layout, time.gmtime(int(value))) if value.isdecimal() and len(value) < 12 else ""
+
+
+FUNCTIONS: dict[str, TemplateFunction] = {
+    "tag": TemplateFunction(0, lambda value: parse_image(value).tag, "tag of an image"),
+    "digest": TemplateFunction(0, lambda value: parse_image(value).digest, "digest of an image"),
+    "repository": TemplateFunction(0, lambda value: parse_image(value).repository, "repository of an image"),
+    "registry": TemplateFunction(0, lambda value: parse_image(value).registry, "registry of an image"),
+    "basename": TemplateFunction(0, lambda value: parse_image(value).repository.rpartition("/")[2],
+                                 "last part of an image's repository"),
+    "short": TemplateFunction(0, lambda value: value.rpartition(":")[2][:12], "first 12 characters, of a digest or commit"),
+    "lower": TemplateFunction(0, lambda value: value.lower(), "lower case"),
+    "upper": TemplateFunction(0, lambda value: value.upper(), "upper case"),
+    "replace": TemplateFunction(2, lambda value, old, new: value.replace(old, new), "every a replaced by b"),
+    "default": TemplateFunction(1, lambda value, other: value or other, "x when the value is empty or missing"),
+    "match": TemplateFunction(1, _apply_match, "first group (or all) of what the regular expression finds; else empty"),
+    "sha256": TemplateFunction(0, lambda value: hashlib.sha256(value.encode()).hexdigest(), "SHA-256 in hex"),
+    "date": TemplateFunction(1, _apply_date, "unix seconds in a strftime layout, UTC"),
+}
+
+_INSERT = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
+_NAME = re.compile(r"(?:meta\.)?[A-Za-z_][A-Za-z0-9_.-]*", re.ASCII)
+_CALL = re.compile(r"([a-z0-9]+)(?:\((.*)\))?", re.ASCII | re.DOTALL)
+
+
+class Insert(NamedTuple):
+    """One {{...}}: a name and the functions its value goes through."""
+
+    name: str
+    calls: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+class Template(NamedTuple):
+    """A parsed text: literal parts and inserts, in order."""
+
+    text: str
+    parts: tuple[str | Insert, ...]
+
+    @property
+    def inserts(self) -> tuple[Insert, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Insert))
+
+
+class Scope(NamedTuple):
+    """What names mean while a template is expanded."""
+
+    values: Mapping[str, str]
+    custom: Mapping[str, Template]
+    metadata: Mapping[str, str]
+
+
+def _split_calls(source: str) -> list[str]:
+    """Split at "|" outside parentheses, so that match(a|b) stays whole."""
+    pieces, depth, start = [], 0, 0
+    for index, char in enumerate(source):
+        depth += (char == "(") - (char == ")")
+        if char == "|" and depth == 0:
+            pieces.append(source[start:index])
+            start = index + 1
+    return [*pieces, source[start:]]
+
+
+def _parse_call(source: str) -> tuple[str, tuple[str, ...]]:
+    match = _CALL.fullmatch(source.strip())
+    function = FUNCTIONS.get(match[1]) if match else None
+    if not function:
+        raise ValueError(f"unknown function {source.strip()!r}{nearest(source.strip().partition('(')[0], FUNCTIONS)}")
+    name, text = match[1], match[2]
+    arguments = () if text is None else tuple(text.split(",", function.arguments - 1)) if function.arguments else (text,)
+    if len(arguments) != function.arguments:
+        raise ValueError(f"{name} takes {function.arguments} argument{'s' * (function.arguments != 1)}: {source.strip()}")
+    if name == "match":
+        try:
+            re.compile(arguments[0])
+        except re.error as error:
+            raise ValueError(f"match has a bad regular expression: {error}") from None
+    return name, arguments
+
+
+def parse_template(text: str) -> Template:
+    """Return the parsed template; raise ValueError for a bad name, an unknown function or a stray "{{"."""
+    parts: list[str | Insert] = []
+    position = 0
+    for match in _INSERT.finditer(text):
+        name, *calls = _split_calls(match[1])
+        if not _NAME.fullmatch(name.strip()):
+            raise ValueError(f"{match[0]} is no placeholder; write {{{{NAME}}}} or {{{{NAME|function}}}}")
+        parts += [text[position : match.start()], Insert(name.strip(), tuple(_parse_call(call) for call in calls))]
+        position = match.end()
+    if "{{" in text[position:]:
+        raise ValueError("'{{' without '}}'")
+    return Template(text, tuple(part for part in [*parts, text[position:]] if part != ""))
+
+
+def names_metadata(name: str) -> bool:
+    """Return whether a name that is neither built in nor custom can be a key of the request's metadata.
+
+    Names in capitals are variables: a misspelt {{IMGAE}} must be an error, not a missing metadata key.
+    """
+    return name.startswith("meta.") or not name.isupper()
+
+
+def check_template(template: Template, custom: Iterable[str], *, late: bool) -> str | None:
+    """Return what is wrong with the names in a template, or None; `late` allows what only hooks know."""
+    known = {*VARIABLES, *custom}
+    for insert in template.inserts:
+        if insert.name not in known and not names_metadata(insert.name):
+            return f"unknown variable {{{{{insert.name}}}}}{nearest(insert.name, known)}"
+        if insert.name in LATE_VARIABLES and not late:
+            return f"{{{{{insert.name}}}}} is known only in post_deploy and on_failure hooks"
+    return None
+
+
+def find_cycle(custom: Mapping[str, Template]) -> str | None:
+    """Return "A -> B -> A" if custom variables refer to each other in a circle, else None."""
+
+    def visit(name: str, path: tuple[str, ...]) -> str | None:
+        if name in path:
+            return " -> ".join([*path[path.index(name) :], name])
+        inserts = custom[name].inserts if name in custom and name not in VARIABLES else ()
+        return next(filter(None, (visit(insert.name, (*path, name)) for insert in inserts)), None)
+
+    return next(filter(None, (visit(name, ()) for name in custom)), None)
+
+
+def _resolve(name: str, scope: Scope) -> str | None:
+    if name in scope.values:
+        return scope.values[name]
+    if name in scope.custom:
+        return expand(scope.custom[name], scope)
+    return scope.metadata.get(name.removeprefix("meta."))
+
+
+def expand(template: Template, scope: Scope) -> str:
+    """Return the text with every value inserted once; raise ValueError for metadata that the request lacks."""
+    pieces = []
+    for part in template.parts:
+        if isinstance(part, str):
+            pieces.append(part)
+            continue
+        value = _resolve(part.name, scope)
+        if value is None and not any(name == "default" for name, _ in part.calls):
+            raise ValueError(f"metadata.{part.name.removeprefix('meta.')} is needed by this service and missing")
+        for name, arguments in part.calls:
+            value = FUNCTIONS[name].apply(value or "", *arguments)
+        pieces.append(value or "")
+    return "".join(pieces)
+
+
+# === 4. CONFIG ========================================================================================================
+# Every key of config.toml and services.toml, once: a field whose default is a Key (default, check, doc).
+# The loader, `init`'s sample and docs/configuration.md are derived from these classes.
+#
+# 1. A key that is accepted has an effect; an unknown key is a problem that names the nearest known one.
+# 2. Loading collects every problem with file and key path, and raises once.
+# 3. NamedTuple, not dataclass: as frozen and as slotted, and it spares each start the 40 ms that dataclasses
+#    need to import `inspect` and to generate code for so many classes.
+
+
+class Place(NamedTuple):
+    """Where in a file a value stands, and the list that its problems go to."""
+
+    file: str
+    path: str
+    problems: list[Problem]
+
+    def __truediv__(self, name: str) -> "Place":
+        return self._replace(path=f"{self.path}.{name}" if self.path else name)
+
+    def at(self, index: int) -> "Place":
+        return self._replace(path=f"{self.path}[{index}]")
+
+    def problem(self, message: str) -> None:
+        self.problems.append(Problem(self.file, self.path, message))
+
+    def warning(self, message: str) -> None:
+        self.problems.append(Problem(self.file, self.path, message, is_warning=True))
+
+
+class Check(NamedTuple):
+    """How a value is read: `kind` for the reference, `parse(value, place)` raising ValueError for one problem."""
+
+    kind: str
+    parse: Callable[[Any, Place], Any]
+
+
+class Key(NamedTuple):
+    """What a field of a table is: its default as the file would write it, its check, its line of documentation."""
+
+    default: Any
+    check: Check
+    doc: str
+
+
+REQUIRED = object()
+
+
+def key(default: Any, check: Check, doc: str) -> Any:
+    """Return a Key; typed Any because it stands where the loaded value's default would."""
+    return Key(default, check, doc)
+
+
+def _integer(low: int, high: int) -> Check:
+    def parse(value: Any, place: Place) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{render_value(value)} is not a whole number")
+        return _in_range(value, low, high, str)
+
+    return Check(f"whole number, {low} to {high}", parse)
+
+
+def _in_range(value: int, low: int, high: int, render: Callable[[int], str]) -> int:
+    if not low <= value <= high:
+        raise ValueError(f"{render(value)} is out of range; allowed: {render(low)} to {render(high)}")
+    return value
+
+
+def _duration(low: int, high: int) -> Check:
+    return Check(f"duration, {low} s to {render_duration(high * 1000)}",
+                 lambda value, place: _in_range(parse_duration(value), low, high, lambda seconds: f"{seconds} s"))
+
+
+def _size(low: int, high: int) -> Check:
+    return Check(f"size, {render_size(low)} to {render_size(high)}",
+                 lambda value, place: _in_range(parse_size(value), low, high, render_size))
+
+
+def _choice(*allowed: str) -> Check:
+    def parse(value: Any, place: Place) -> str:
+        if value not in allowed:
+            hint = nearest(value, allowed) if isinstance(value, str) else ""
+            raise ValueError(f"{render_value(value)} is not one of {', '.join(allowed)}{hint}")
+        return value
+
+    return Check(" or ".join(f'"{word}"' for word in allowed), parse)
+
+
+def _text(pattern: re.Pattern[str] | None = None, kind: str = "text", *, may_be_empty: bool = False) -> Check:
+    def parse(value: Any, place: Place) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{render_value(value)} is not a text")
+        if "\0" in value or (pattern and not pattern.fullmatch(value)) or not (value or may_be_empty):
+            raise ValueError(f"{render_value(value)} is not {'a valid ' if pattern else 'a non-empty '}{kind}")
+        return value
+
+    return Check(kind, parse)
+
+
+def _boolean(value: Any, place: Place) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{render_value(value)} is not true or false")
+    return value
+
+
+def _list(item: Check, low: int, high: int) -> Check:
+    def parse(value: Any, place: Place) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"{render_value(value)} is not a list")
+        if not low <= len(value) <= high:
+            raise ValueError(f"has {len(value)} entries; allowed: {low} to {high}")
+        return tuple(_parse_at(item, entry, place.at(index)) for index, entry in enumerate(value))
+
+    return Check(f"list of {item.kind}", parse)
+
+
+def _mapping(names: re.Pattern[str], item: Check) -> Check:
+    def parse(value: Any, place: Place) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValueError(f"{render_value(value)} is not a table of name = value")
+        for name in value:
+            if not names.fullmatch(name):
+                (place / name).problem("is not a valid name here")
+        return {name: _parse_at(item, entry, place / name) for name, entry in value.items()}
+
+    return Check(f"table of name = {item.kind}", parse)
+
+
+def _parse_at(check: Check, value: Any, place: Place) -> Any:
+    """Return the parsed value, or None after noting the problem at its place."""
+    try:
+        return check.parse(value, place)
+    except ValueError as error:
+        place.problem(str(error))
+        return None
+
+
+def _plain(parse: Callable[[Any], Any], kind: str) -> Check:
+    return Check(kind, lambda value, place: parse(value))
+
+
+def _parse_template_value(value: Any, place: Place) -> Template:
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(f"{render_value(value)} is not a text")
+    return parse_template(value)
+
+
+def _parse_regex(value: Any, place: Place) -> re.Pattern[str]:
+    if not isinstance(value, str) or not value:
+        raise ValueError("is not a regular expression")
+    try:
+        pattern = re.compile(value, re.ASCII)
+    except re.error as error:
+        raise ValueError(f"is not a valid regular expression: {error}") from None
+    if pattern.fullmatch("") or pattern.fullmatch("any/thing:at-all"):
+        place.warning("matches anything; name the repository, as in ghcr\\.io/owner/name:v[0-9.]+")
+    return pattern
+
+
+# Names that change what a command is or does, whatever the operator meant by allowing them: a caller who could set
+# one of these could run code of his own (Shellshock, httpoxy and GIT_SSH_COMMAND are all of this kind).
+DENIED_ENV = re.compile(
+    r"PATH|IFS|ENV|BASH_ENV|SHELLOPTS|BASHOPTS|BASH_FUNC.*|PS4|PROMPT_COMMAND|CDPATH|HOME|SHELL|USER|LOGNAME|TMPDIR"
+    r"|LD_.*|DYLD_.*|GCONV_PATH|LOCPATH|NLSPATH|HOSTALIASES|RES_OPTIONS|MALLOC_.*|GLIBC_TUNABLES"
+    r"|PYTHON.*|PERL.*|RUBY.*|GEM_.*|BUNDLE_.*|NODE_.*|NPM_CONFIG_.*|JAVA_TOOL_OPTIONS|_JAVA_OPTIONS|JDK_JAVA_OPTIONS"
+    r"|CLASSPATH|PHPRC|PHP_INI_SCAN_DIR|LUA_.*|GIT_.*|SSH_.*|DOCKER_.*|CONTAINERS?_.*|KUBECONFIG|EDITOR|VISUAL|PAGER"
+    r"|BROWSER|HTTPS?_PROXY|ALL_PROXY|FTP_PROXY|NO_PROXY|SSL_CERT_.*|CURL_.*|OPENSSL_.*|HOOKSHOT_.*|NOTIFY_SOCKET"
+    r"|LISTEN_.*|CREDENTIALS_DIRECTORY|WATCHDOG_.*|SUDO_.*|XDG_.*|DBUS_.*", re.ASCII | re.IGNORECASE)
+
+
+def _parse_override_name(value: Any, place: Place) -> str:
+    if not isinstance(value, str) or not ENV_NAME.fullmatch(value):
+        raise ValueError(f"{render_value(value)} is not the name of an environment variable")
+    if DENIED_ENV.fullmatch(value):
+        raise ValueError(f"{value} can never come from a request: it changes how commands are found or run")
+    return value
+
+
+def _parse_umask(value: Any, place: Place) -> int:
+    if isinstance(value, str) and re.fullmatch(r"0?[0-7]{3}", value):
+        return int(value, 8)
+    raise ValueError(f"{render_value(value)} is not a umask; write it as text, \"022\"")
+
+
+def _parse_absolute(value: Any, place: Place) -> str:
+    if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
+        raise ValueError(f"{render_value(value)} is not an absolute path")
+    return value
+
+
+_BOOLEAN = Check("true or false", _boolean)
+_TEXT = _text()
+_PATH = Check("absolute path", _parse_absolute)
+_NETWORKS = _list(_plain(parse_network, "address or CIDR network"), 0, 100)
+_SECRET_NAMES = _list(_text(SECRET_NAME, "secret name"), 1, 16)
+_ENV_NAMES = _list(_text(ENV_NAME, "environment variable name"), 0, 100)
+_ENV_TEXTS = _mapping(ENV_NAME, Check("text with placeholders", _parse_template_value))
+_URL_PATH = _text(re.compile(r"/[A-Za-z0-9._/-]{1,63}", re.ASCII), "path such as \"/health\"")
+_ARGV = _list(_text(may_be_empty=True), 1, 100)
+_HOUR = 3600
+
+
+class Retention(NamedTuple):
+    """[storage.retention]"""
+
+    successful_deploys: int = key(100, _integer(1, 10000), "successful deployments kept per service")
+    failed_deploys: int = key(50, _integer(1, 10000), "deployments with any other ending kept per service")
+    log_days: int = key(90, _integer(1, 10000), "days that a deployment's log is kept")
+
+
+class Server(NamedTuple):
+    """[server]"""
+
+    listen: ListenAddress = key("127.0.0.1:8080", _plain(parse_listen, "host:port"), "address to listen on")
+    worker_threads: int = key(4, _integer(1, 64), "deployments carried out at once")
+    max_request_size: int = key("1MB", _size(1 << 10, 100 << 20), "largest request body")
+    request_timeout: int = key(30, _duration(1, _HOUR), "to read a request and to send its answer")
+    shutdown_timeout: int = key(300, _duration(0, 24 * _HOUR), "how long running deployments may go on at shutdown")
+    deploy_response: str = key("accepted", _choice("accepted", "completed"), "answer a deploy at once, or when it ended")
+    max_connections: int = key(256, _integer(1, 10000), "connections open at once")
+
+
+class Security(NamedTuple):
+    """[security]"""
+
+    allowed_ips: tuple[Network, ...] = key([], _NETWORKS, "client addresses let in; empty lets all in")
+    rate_limit: int = key(100, _integer(0, 10000), "requests a minute from one address (IPv6: one /64); 0 = no limit")
+    trusted_proxies: tuple[Network, ...] = key([], _NETWORKS, "peers whose forwarding headers are believed")
+    read_access: str = key("local", _choice("local", "token", "open"),
+                           "who may read: loopback or the secret read_token; only the token; everyone")
+    hmac_keys: tuple[str, ...] = key(["hmac_key"], _SECRET_NAMES, "secrets that may sign for every service")
+
+
+class Storage(NamedTuple):
+    """[storage]"""
+
+    data_dir: str = key("/var/lib/hookshot", _PATH, "database and deployment logs, private to the server")
+    retention: Retention = Retention  # type: ignore[assignment]
+
+
+class Logging(NamedTuple):
+    """[logging]"""
+
+    level: str = key("info", _choice("debug", "info", "warning", "error"), "least severe line written")
+    format: str = key("json", _choice("json", "pretty"), "one JSON object a line, or text for people")
+
+
+class Limits(NamedTuple):
+    """[limits]"""
+
+    max_concurrent_total: int = key(10, _integer(1, 1000), "deployments running at once (worker_threads bounds it too)")
+    max_concurrent_per_service: int = key(1, _integer(1, 100), "deployments of one service running at once")
+    max_queue_per_service: int = key(20, _integer(1, 10000), "deployments of one service waiting")
+    deployment_timeout: int = key(1800, _duration(1, 24 * _HOUR), "a whole deployment, up to its rollback")
+    command_timeout: int = key(300, _duration(1, 2 * _HOUR), "one command, unless the service says otherwise")
+    lock_timeout: int = key(3600, _duration(1, 7 * 24 * _HOUR), "how long a queued deployment may wait for its turn")
+    max_output: int = key("10MB", _size(64 << 10, 1 << 30), "log kept of one deployment: its head and its tail")
+
+
+class Monitoring(NamedTuple):
+    """[monitoring]"""
+
+    health_path: str = key("/health", _URL_PATH, "path of the health report")
+    status_cache_seconds: int = key(10, _duration(0, _HOUR), "how long a health report is reused")
+
+
+SOURCE_NAMES = ("systemd", "file", "env", "command")
+
+
+def _parse_sources(value: Any, place: Place) -> tuple[str, ...] | str:
+    names = value if isinstance(value, list) else [value]
+    for name in names:
+        if name not in SOURCE_NAMES and value != "auto":
+            raise ValueError(f"{render_value(name)} is not auto or one of {', '.join(SOURCE_NAMES)}")
+    return value if value == "auto" else tuple(names)
+
+
+class Secrets(NamedTuple):
+    """[secrets]"""
+
+    source: tuple[str, ...] | str = key("auto", Check('"auto", a source, or a list of them', _parse_sources),
+                                        "where secrets come from; auto = every source that is there, in priority order")
+    sources_priority: tuple[str, ...] = key(["systemd", "file", "env"], _list(_choice(*SOURCE_NAMES), 1, 4),
+                                            "order of the sources; the first that has a secret wins")
+    secrets_file: str = key("/etc/hookshot/secrets", _PATH, "file of key=value lines, mode 0600")
+    required_secrets: tuple[str, ...] = key(["hmac_key"], _list(_text(SECRET_NAME, "secret name"), 0, 100),
+                                            "secrets without which the server does not start")
+    reload_interval: int = key(300, _duration(0, 24 * _HOUR), "how often secrets are read again; 0 = never")
+    secret_prefix: str = key("HOOKSHOT_", _text(ENV_NAME, "prefix"), "prefix of secrets in the environment")
+    command: tuple[str, ...] = key([], _list(_TEXT, 0, 100), "command that prints key=value lines, for age, sops, vault")
+
+
+class Config(NamedTuple):
+    """config.toml"""
+
+    server: Server = Server  # type: ignore[assignment]
+    security: Security = Security  # type: ignore[assignment]
+    storage: Storage = Storage  # type: ignore[assignment]
+    logging: Logging = Logging  # type: ignore[assignment]
+    limits: Limits = Limits  # type: ignore[assignment]
+    monitoring: Monitoring = Monitoring  # type: ignore[assignment]
+    secrets: Secrets = Secrets  # type: ignore[assignment]
+
+
+class CommandSpec(NamedTuple):
+    """One command: an argv list, or this table."""
+
+    run: tuple[Template, ...] = key(REQUIRED, _list(Check("text with placeholders", _parse_template_value), 1, 200),
+                                    "program and arguments; never a shell unless you write one")
+    name: str | None = key(None, _text(re.compile(r"[\w .:/+-]{1,64}"), "name of 1 to 64 plain characters"),
+                           "name in logs and records; else the program")
+    timeout: int | None = key(None, _duration(1, 2 * _HOUR), "overrides the phase's timeout")
+    retries: int | None = key(None, _integer(0, 10), "overrides the phase's retries")
+    retry_delay: int | None = key(None, _duration(0, _HOUR), "fixed wait between tries; else 2, 4, 8, ... at most 60 s")
+    critical: bool | None = key(None, _BOOLEAN, "whether its failure fails the phase; in post_deploy and on_failure "
+                                                "the default is false")
+    env: dict[str, Template] = key({}, _ENV_TEXTS, "environment of this command alone")
+    working_dir: str | None = key(None, _PATH, "overrides the service's working directory")
+
+
+def _parse_command(value: Any, place: Place) -> CommandSpec | None:
+    if isinstance(value, list):
+        value, place = {"run": value}, place
+    if not isinstance(value, dict):
+        raise ValueError(f"{render_value(value)} is not a command; write [\"program\", \"argument\"]")
+    command = _load_table(CommandSpec, value, place)
+    if command.run and command.run[0] and not command.run[0].text.strip():
+        place.problem("has an empty program")
+    return command
+
+
+def _commands(low: int, high: int) -> Check:
+    return _list(Check("command", _parse_command), low, high)
+
+
+class ServiceSecurity(NamedTuple):
+    """[service.security]"""
+
+    allowed_image_pattern: re.Pattern[str] = key(REQUIRED, Check("regular expression", _parse_regex),
+                                                 "which images may be deployed; matched against the whole value")
+    allowed_env_overrides: tuple[str, ...] = key([], _list(Check("environment variable name", _parse_override_name), 0, 100),
+                                                 "variables that a request may set")
+    hmac_keys: tuple[str, ...] = key([], _list(_text(SECRET_NAME, "secret name"), 0, 16),
+                                     "secrets that may sign for this service only")
+
+
+class ServiceDeploy(NamedTuple):
+    """[service.deploy]"""
+
+    commands: tuple[CommandSpec, ...] = key(REQUIRED, _commands(1, 20), "what a deployment runs, in order")
+    timeout: int | None = key(None, _duration(1, 2 * _HOUR), "per command; else command_timeout")
+    retries: int = key(0, _integer(0, 10), "tries after a failure, per command")
+    critical: bool = key(True, _BOOLEAN, "a failing command stops the deployment; false: noted and carried on")
+
+
+class HttpProbe(NamedTuple):
+    """A request that must be answered as expected, made without any program."""
+
+    url: Template = key(REQUIRED, Check("URL", _parse_template_value), "http:// or https:// URL; redirects are not followed")
+    status: int = key(200, _integer(100, 599), "expected status")
+    contains: Template | None = key(None, Check("text with placeholders", _parse_template_value),
+                                    "text that the first 64 KB of the answer must hold")
+
+
+def _parse_http_probe(value: Any, place: Place) -> HttpProbe:
+    if isinstance(value, str):
+        value = {"url": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"{render_value(value)} is not a URL or a table with url, status, contains")
+    probe = _load_table(HttpProbe, value, place)
+    if probe.url and not re.match(r"https?://[^/\s]", probe.url.text):
+        place.problem(f"{render_value(probe.url.text)} is not an http:// or https:// URL")
+    return probe
+
+
+class Healthcheck(NamedTuple):
+    """[service.healthcheck]"""
+
+    initial_delay: int = key(5, _duration(0, _HOUR), "wait before the first probe")
+    interval: int = key(3, _duration(0, _HOUR), "wait between probes")
+    max_attempts: int = key(20, _integer(1, 100), "probes at most")
+    success_threshold: int = key(3, _integer(1, 100), "good probes in a row that count as healthy")
+    timeout: int | None = key(None, _duration(1, _HOUR), "per probe; else defaults.healthcheck_timeout")
+    commands: tuple[CommandSpec, ...] = key([], _commands(0, 20), "commands that must all exit 0")
+    http: HttpProbe | None = key(None, Check("URL or { url, status, contains }", _parse_http_probe), "HTTP request to make")
+    tcp: Template | None = key(None, Check("host:port", _parse_template_value), "address that must accept a connection")
+    unix: str | None = key(None, _PATH, "unix socket that must accept a connection")
+
+
+class Rollback(NamedTuple):
+    """[service.rollback]"""
+
+    enabled: bool | None = key(None, _BOOLEAN, "else defaults.rollback_enabled")
+    max_attempts: int = key(2, _integer(1, 10), "tries of the whole list of commands")
+    timeout: int | None = key(None, _duration(1, 2 * _HOUR), "per command; else command_timeout")
+    commands: tuple[CommandSpec, ...] = key([], _commands(0, 20), "what returns to {{PREVIOUS_IMAGE}}")
+
+
+class Hooks(NamedTuple):
+    """[service.hooks]"""
+
+    pre_deploy: tuple[CommandSpec, ...] = key([], _commands(0, 20), "before anything else; a failure stops the deployment")
+    post_deploy: tuple[CommandSpec, ...] = key([], _commands(0, 20), "after success, health included")
+    on_failure: tuple[CommandSpec, ...] = key([], _commands(0, 20), "after a failure and its rollback")
+
+
+class Service(NamedTuple):
+    """[[service]]"""
+
+    name: str = key(REQUIRED, _text(SERVICE_NAME, "name (1 to 32 of A-Z a-z 0-9 - _)"), "unique name")
+    description: str = key("", _text(may_be_empty=True), "one line for people")
+    enabled: bool = key(True, _BOOLEAN, "whether deploys are accepted")
+    working_dir: str | None = key(None, _PATH, "directory of the commands; else defaults.working_dir")
+    on_busy: str | None = key(None, _choice("queue", "reject", "replace"),
+                              "while one runs: wait in line, refuse, or replace those that wait")
+    recovery: str = key("rollback", _choice("rollback", "fail", "retry"),
+                        "what a restart does with a deployment that it finds half-way")
+    user: str | None = key(None, _TEXT, "user that commands run as (the server must be root)")
+    group: str | None = key(None, _TEXT, "group that commands run as; else the user's")
+    umask: int = key("022", Check('octal text such as "022"', _parse_umask), "umask of the commands")
+    nice: int = key(0, _integer(-20, 19), "added niceness of the commands")
+    inherit_env: tuple[str, ...] = key([], _ENV_NAMES, "variables let through from the server's environment")
+    env: dict[str, Template] = key({}, _ENV_TEXTS, "environment of every command")
+    security: ServiceSecurity = ServiceSecurity  # type: ignore[assignment]
+    deploy: ServiceDeploy = ServiceDeploy  # type: ignore[assignment]
+    healthcheck: Healthcheck = Healthcheck  # type: ignore[assignment]
+    rollback: Rollback = Rollback  # type: ignore[assignment]
+    hooks: Hooks = Hooks  # type: ignore[assignment]
+    templates: dict[str, Template] = key({}, _mapping(ENV_NAME, Check("text with placeholders", _parse_template_value)),
+                                         "custom variables")
+
+
+class Defaults(NamedTuple):
+    """[defaults]"""
+
+    working_dir: str = key("/srv", _PATH, "directory of the commands")
+    command_timeout: int | None = key(None, _duration(1, 2 * _HOUR), "per command; else limits.command_timeout")
+    healthcheck_timeout: int = key(10, _duration(1, _HOUR), "per probe")
+    rollback_enabled: bool = key(True, _BOOLEAN, "whether failures are rolled back")
+    on_busy: str = key("queue", _choice("queue", "reject", "replace"), "see service.on_busy")
+    inherit_env: tuple[str, ...] = key([], _ENV_NAMES, "added to every service's")
+    env: dict[str, Template] = key({}, _ENV_TEXTS, "environment of every command; a service's own wins")
+
+
+def is_table(default: object) -> bool:
+    """Return whether a field's default names a table's class rather than a Key."""
+    return isinstance(default, type)
+
+
+def _load_table(table: type, raw: Mapping[str, Any], place: Place) -> Any:
+    """Return `table` built from `raw`; a key with a problem is None."""
+    for name in raw.keys() - set(table._fields):
+        (place / name).problem(f"unknown key{nearest(name, table._fields)}")
+    return table(**{name: _load_field(default, raw, name, place / name) for name, default in table._field_defaults.items()})
+
+
+def _load_field(field: Any, raw: Mapping[str, Any], name: str, place: Place) -> Any:
+    if is_table(field):
+        value = raw.get(name, {})
+        if not isinstance(value, dict):
+            place.problem(f"{render_value(value)} is not a table")
+            value = {}
+        return _load_table(field, value, place)
+    if name in raw:
+        return _parse_at(field.check, raw[name], place)
+    if field.default is REQUIRED:
+        place.problem("is required")
+        return None
+    return None if field.default is None else field.check.parse(field.default, place)
+
+
+# An argument after one of these words and its option is program text: a value inserted there would be executed.
+_SCRIPT_OPTIONS = {
+    **dict.fromkeys(("sh", "bash", "dash", "zsh", "ksh", "ash", "fish", "csh", "tcsh", "su", "python", "python3"), "c"),
+    **dict.fromkeys(("perl", "ruby", "node"), "e"), "php": "r",
+}
+_INTERPRETER = re.compile(r"(?:.*/)?([a-z]+\d?)[\d.]*", re.ASCII)
+
+
+def find_script(argv: Sequence[Template]) -> int | None:
+    """Return the index of the argument that is program text ("-c" of a shell and the like), or None."""
+    option = None
+    for index, word in enumerate(argv):
+        if option and re.fullmatch(rf"-[A-Za-z]*{option}[A-Za-z]*", word.text) and index + 1 < len(argv):
+            return index + 1
+        match = _INTERPRETER.fullmatch(word.text)
+        option = _SCRIPT_OPTIONS.get(match[1]) if match and match[1] in _SCRIPT_OPTIONS else option
+    return None
+
+
+def env_name_of(name: str) -> str:
+    """Return the environment variable that carries a template variable to every command."""
+    if name.startswith("meta."):
+        name = "META_" + name.removeprefix("meta.")
+    elif names_metadata(name):
+        name = "META_" + name
+    return "HOOKSHOT_" + re.sub(r"[^A-Z0-9]", "_", name.upper())
+
+
+def _check_command(command: CommandSpec, custom: Iterable[str], place: Place, *, late: bool) -> None:
+    texts = [(place.at(index), word) for index, word in enumerate(command.run or ())]
+    texts += [(place / f"env.{name}", text) for name, text in (command.env or {}).items()]
+    for where, text in texts:
+        if text and (problem := check_template(text, custom, late=late)):
+            where.problem(problem)
+    argv = [word or Template("", ()) for word in command.run or ()]
+    script = find_script(argv)
+    if script is not None and argv[script].inserts:
+        insert = argv[script].inserts[0]
+        advice = f'"${env_name_of(insert.name)}"' if not insert.calls else "a variable set in env, such as " \
+            f'env = {{ VALUE = "{{{{{insert.name}|{insert.calls[0][0]}}}}}" }} and "$VALUE"'
+        place.at(script).problem(f"a placeholder inside program text would be executed; write {advice} instead")
+
+
+def _service_commands(service: Service) -> Iterator[tuple[str, tuple[CommandSpec, ...], bool]]:
+    """Yield path, commands, and whether they may use what only hooks know."""
+    yield "hooks.pre_deploy", service.hooks.pre_deploy, False
+    yield "deploy.commands", service.deploy.commands, False
+    yield "healthcheck.commands", service.healthcheck.commands, False
+    yield "hooks.post_deploy", service.hooks.post_deploy, True
+    yield "rollback.commands", service.rollback.commands, False
+    yield "hooks.on_failure", service.hooks.on_failure, True
+
+
+def _check_service(service: Service, place: Place) -> None:
+    """Note what is wrong between keys, each of which is right by itself."""
+    custom = service.templates or {}
+    for name, template in custom.items():
+        if name in VARIABLES:
+            (place / f"templates.{name}").problem("is a built-in variable; choose another name")
+        elif template and (problem := check_template(template, custom, late=True)):
+            (place / f"templates.{name}").problem(problem)
+    usable = {name: template for name, template in custom.items() if template}
+    if cycle := find_cycle(usable):
+        (place / "templates").problem(f"variables refer to each other in a circle: {cycle}")
+    for path, commands, late in _service_commands(service):
+        for index, command in enumerate(commands or ()):
+            if command:
+                _check_command(command, custom, (place / path).at(index), late=late)
+    health = service.healthcheck
+    texts = {f"env.{name}": text for name, text in (service.env or {}).items()} | {
+        "healthcheck.tcp": health.tcp, "healthcheck.http.url": health.http and health.http.url,
+        "healthcheck.http.contains": health.http and health.http.contains}
+    for path, text in texts.items():
+        if text and (problem := check_template(text, custom, late=False)):
+            (place / path).problem(problem)
+    _check_health(health, place / "healthcheck")
+    if service.rollback.enabled and not service.rollback.commands:
+        (place / "rollback.commands").problem("are required when rollback.enabled is true")
+
+
+def _check_health(health: Healthcheck, place: Place) -> None:
+    if health.success_threshold and health.max_attempts and health.success_threshold > health.max_attempts:
+        (place / "success_threshold").problem(
+            f"{health.success_threshold} can never be reached with max_attempts {health.max_attempts}")
+    if (health.interval or 0) * (health.max_attempts or 0) > _HOUR:
+        (place / "interval").problem("interval x max_attempts is more than an hour")
+    if health.tcp and not re.fullmatch(r"[^\s]+:([0-9]{1,5}|.*\}\})", health.tcp.text):
+        (place / "tcp").problem(f"{render_value(health.tcp.text)} is not host:port")
+
+
+class Services(NamedTuple):
+    """services.toml, read: the services by name, with their defaults filled in."""
+
+    by_name: dict[str, Service]
+
+
+def _parse_toml(text: str, file: str, problems: list[Problem]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        problems.append(Problem(file, "", f"is not valid TOML: {error}"))
+        return {}
+
+
+def load_config(text: str, file: str, problems: list[Problem]) -> Config:
+    """Return the parsed config.toml; what is wrong with it is added to `problems`."""
+    config = _load_table(Config, _parse_toml(text, file, problems), Place(file, "", problems))
+    place = Place(file, "secrets", problems)
+    if config.secrets.source and "command" in config.secrets.source and not config.secrets.command:
+        (place / "command").problem("is required by source = \"command\"")
+    return config
+
+
+def load_services(text: str, file: str, config: Config, problems: list[Problem]) -> Services:
+    """Return the parsed services.toml; what is wrong with it is added to `problems`."""
+    raw = _parse_toml(text, file, problems)
+    place = Place(file, "", problems)
+    for name in raw.keys() - {"defaults", "service"}:
+        (place / name).problem(f"unknown key{nearest(name, ('defaults', 'service'))}")
+    defaults = _load_field(Defaults, raw, "defaults", place / "defaults")
+    tables = raw.get("service", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        (place / "service").problem("is not a list of tables; write [[service]]")
+        tables = []
+    by_name: dict[str, Service] = {}
+    for index, table in enumerate(tables):
+        name = table.get("name")
+        here = place._replace(path=f'service "{clip(escape_controls(name), 40)}"' if isinstance(name, str) else f"service[{index}]")
+        service = _load_table(Service, table, here)
+        _check_service(service, here)
+        if name in by_name:
+            (here / "name").problem("is used by another service too")
+        if service.name:
+            by_name[service.name] = _inherit(service, defaults, config.limits)
+    if not by_name and not problems:
+        (place / "service").warning("there is no service yet; nothing can be deployed")
+    return Services(by_name)
+
+
+def _inherit(service: Service, defaults: Defaults, limits: Limits) -> Service:
+    """Return the service with what it leaves open taken from [defaults] and [limits]."""
+    command_timeout = defaults.command_timeout or limits.command_timeout
+    health, rollback, deploy = service.healthcheck, service.rollback, service.deploy
+    enabled = defaults.rollback_enabled if rollback.enabled is None else rollback.enabled
+    return service._replace(
+        working_dir=service.working_dir or defaults.working_dir,
+        on_busy=service.on_busy or defaults.on_busy,
+        inherit_env=(*(defaults.inherit_env or ()), *(service.inherit_env or ())),
+        env={**(defaults.env or {}), **(service.env or {})},
+        deploy=deploy._replace(timeout=deploy.timeout or command_timeout),
+        healthcheck=health._replace(timeout=health.timeout or defaults.healthcheck_timeout),
+        rollback=rollback._replace(timeout=rollback.timeout or command_timeout, enabled=enabled))
+
+
+def render_sample(table: type, heading: str, values: Mapping[str, Any], prefix: str = "") -> str:
+    """Return a commented file of every key: those in `values` ("server.listen": ...) set, the others at their default."""
+    keys = {name: field for name, field in table._field_defaults.items() if not is_table(field)}
+    lines = [f"[{heading}]"] if heading else []
+    for name, field in keys.items():
+        path = f"{prefix}{name}"
+        text = json.dumps(values.get(path, field.default), ensure_ascii=False)
+        lines += [f"# {field.doc} ({field.check.kind})", f"{name} = {text}" if path in values else f"# {name} = {text}"]
+    tables = [render_sample(field, f"{prefix}{name}", values, f"{prefix}{name}.")
+              for name, field in table._field_defaults.items() if is_table(field)]
+    return "\n".join(lines) + "\n" * bool(lines) + "\n" * bool(lines and tables) + "\n".join(tables)
+
+
+# === 5. WIRE ==========================================================================================================
+# What goes over HTTP, as values: requests, answers, signatures, bounded JSON.
+#
+# 1. A VerifiedBody comes only from verify(); parse_deploy takes nothing else. Skipping authentication does not fit.
+# 2. The signature covers the raw bytes; nothing is parsed before it is verified.
+# 3. JSON is strict: what two parsers could read differently is refused, and the answer names the field.
+
+SIGNATURE_HEADER = "x-hub-signature-256"
+MAX_JSON_DEPTH = 16
+# 2**63 has 19 digits; a longer integer is no number of anything here, and int() of it costs quadratic time.
+MAX_NUMBER_CHARS = 20
+MAX_METADATA_KEYS = 50
+
+
+class Request(NamedTuple):
+    """One HTTP request, complete. Header names are lower case; `address` is the client's, proxies resolved by API."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes
+    peer: str
+    request_id: str
+    is_gone: Callable[[], bool] = lambda: False
+
+
+class Response(NamedTuple):
+    """One answer: a body, or a stream of chunks that ends the connection."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+    stream: Iterator[bytes] | None = None
+
+
+class VerifiedBody(NamedTuple):
+    """A body whose signature was right. Only verify() makes one."""
+
+    key_id: str
+    body: bytes
+
+
+class DeployRequest(NamedTuple):
+    """A well-formed POST /deploy; whether the service allows it is PLAN's to say."""
+
+    deploy_id: str | None
+    service: str
+    image: str
+    previous_image: str | None
+    metadata: dict[str, str]
+    env: dict[str, str]
+    dry_run: bool
+    digest: str
+    idempotency_key: str | None
+    key_id: str
+
+
+def render_json(value: object) -> bytes:
+    """Return compact UTF-8 JSON with a final newline."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+
+
+def sign(key: bytes, body: bytes) -> str:
+    """Return the value of X-Hub-Signature-256 for a body (HMAC-SHA256, hex)."""
+    return "sha256=" + hmac.digest(key, body, "sha256").hex()
+
+
+def verify(body: bytes, signature: str | None, keys: Mapping[str, bytes]) -> VerifiedBody:
+    """Return the proof that one of `keys` signed `body`; raise `authentication` otherwise.
+
+    Every key is tried whatever the earlier ones gave, each compared in constant time: the time taken tells nothing.
+    """
+    given = (signature or "").strip().encode("latin-1", "replace").lower()
+    match = None
+    for key_id, key in keys.items():
+        if hmac.compare_digest(sign(key, body).encode(), given) and len(key) >= 16 and match is None:
+            match = key_id
+    if match is None:
+        raise HookshotError("authentication", "the signature is missing or wrong")
+    return VerifiedBody(match, body)
+
+
+class _BadNumber(NamedTuple):
+    """Stands in a parsed document for a number that is refused, until its path is known."""
+
+    text: str
+
+
+def _parse_number(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = convert(text) if len(text) <= MAX_NUMBER_CHARS else None
+        return value if value is not None and abs(value) < 1e300 else _BadNumber(text)
+
+    return parse
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise HookshotError("validation", f"{_show_key(counts.most_common(1)[0][0])}: appears twice in one object")
+    return document
+
+
+def _show_key(name: str) -> str:
+    return clip(escape_controls(name.encode("utf-8", "replace").decode()), 64)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_parse_number(int), parse_float=_parse_number(float),
+                            parse_constant=_BadNumber)
+
+
+def parse_json(body: bytes) -> Any:
+    """Return the document; raise `validation`, naming the field, for anything that is not plain, bounded JSON."""
+    try:
+        document = _DECODER.decode(body.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise HookshotError("validation", f"the body is not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise HookshotError("validation", f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise HookshotError("validation", f"the body is nested deeper than {MAX_JSON_DEPTH} levels") from None
+    _check_json(document, "body", 1)
+    return document
+
+
+def _check_json(value: Any, path: str, depth: int) -> None:
+    if isinstance(value, _BadNumber):
+        raise HookshotError("validation", f"{path}: {clip(value.text, 24)} is not an acceptable number")
+    if isinstance(value, str):
+        problem = "has a NUL character" if "\0" in value else "has a lone surrogate" if not _is_unicode(value) else None
+        if problem:
+            raise HookshotError("validation", f"{path}: {problem}")
+    elif isinstance(value, dict | list):
+        if depth > MAX_JSON_DEPTH:
+            raise HookshotError("validation", f"{path}: is nested deeper than {MAX_JSON_DEPTH} levels")
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(name, str):
+                _check_json(name, f"{path}, a key", depth)
+            _check_json(entry, _show_key(str(name)) if path == "body" else f"{path}.{_show_key(str(name))}", depth + 1)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_DEPLOY_FIELDS = ("deploy_id", "service", "image", "previous_image", "metadata", "overrides", "dry_run")
+
+
+class _Fields:
+    """Reads the fields of one document and collects every problem, each with its field's path."""
+
+    def __init__(self, document: Mapping[str, Any], known: Sequence[str], prefix: str = ""):
+        self._document, self._prefix = document, prefix
+        self.problems = [f"{prefix}{_show_key(name)}: unknown field{nearest(name, known)}" for name in document if name not in known]
+
+    def text(self, name: str, check: Callable[[str], str | None], *, required: bool = False) -> str | None:
+        value = self._document.get(name)
+        if value is None:
+            self.problems += [f"{self._prefix}{name}: is required"] if required else []
+            return None
+        problem = check(value) if isinstance(value, str) else "is not a text"
+        self.problems += [f"{self._prefix}{name}: {problem}"] if problem else []
+        return value
+
+    def table(self, name: str) -> dict[str, Any]:
+        value = self._document.get(name)
+        if isinstance(value, dict):
+            return value
+        self.problems += [] if value is None else [f"{self._prefix}{name}: is not an object"]
+        return {}
+
+    def boolean(self, name: str) -> bool:
+        value = self._document.get(name)
+        self.problems += [] if value is None or isinstance(value, bool) else [f"{self._prefix}{name}: is not true or false"]
+        return value is True
+
+
+def _scalar_texts(table: Mapping[str, Any], names: re.Pattern[str], path: str, problems: list[str], *, dash: bool) -> dict[str, str]:
+    """Return scalars as text (null dropped); note what is not a scalar, and what no command may get."""
+    texts = {}
+    for name, value in table.items():
+        text = {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
+        text = str(text) if isinstance(text, int | float) else text
+        shown = f"{path}.{_show_key(name)}"
+        if not names.fullmatch(name):
+            problems.append(f"{shown}: is not a valid name")
+        elif text is not None and not isinstance(text, str):
+            problems.append(f"{shown}: is not a text, a number, true or false")
+        elif text is not None and (problem := check_request_value(text, may_start_with_dash=dash)):
+            problems.append(f"{shown}: {problem}")
+        elif text is not None:
+            texts[name] = text
+    return texts
+
+
+def _check_image(value: str) -> str | None:
+    return check_request_value(value) or (None if value and not value.isspace() else "is empty")
+
+
+def _matches(pattern: re.Pattern[str], allowed: str) -> Callable[[str], str | None]:
+    return lambda value: None if pattern.fullmatch(value) else f"is not {allowed}"
+
+
+check_deploy_id = _matches(DEPLOY_ID, "1 to 128 of A-Z a-z 0-9 . _ - starting with a letter or digit")
+
+
+def parse_deploy(verified: VerifiedBody, idempotency_key: str | None) -> DeployRequest:
+    """Return the deploy request in a verified body; raise `validation` with every problem at once."""
+    document = parse_json(verified.body)
+    if not isinstance(document, dict):
+        raise HookshotError("validation", "the body is not a JSON object")
+    fields = _Fields(document, _DEPLOY_FIELDS)
+    overrides = _Fields(fields.table("overrides"), ("env",), "overrides.")
+    metadata = fields.table("metadata")
+    problems = fields.problems
+    if len(metadata) > MAX_METADATA_KEYS:
+        problems.append(f"metadata: has more than {MAX_METADATA_KEYS} keys")
+    request = DeployRequest(
+        deploy_id=fields.text("deploy_id", check_deploy_id),
+        service=fields.text("service", _matches(SERVICE_NAME, "a service name"), required=True) or "",
+        image=fields.text("image", _check_image, required=True) or "",
+        previous_image=fields.text("previous_image", _check_image),
+        metadata=_scalar_texts(metadata, META_KEY, "metadata", problems, dash=False),
+        # Never inserted into arguments, so "-Xmx1g" is as good as any other value.
+        env=_scalar_texts(overrides.table("env"), ENV_NAME, "overrides.env", problems, dash=True),
+        dry_run=fields.boolean("dry_run"),
+        digest=hashlib.sha256(verified.body).hexdigest(),
+        idempotency_key=parse_idempotency_key(idempotency_key, problems),
+        key_id=verified.key_id)
+    problems += overrides.problems
+    if problems:
+        raise HookshotError("validation", "; ".join(problems[:10]), details="\n".join(problems))
+    return request
+
+
+def parse_idempotency_key(header: str | None, problems: list[str]) -> str | None:
+    """Return the key of an Idempotency-Key header, quoted (RFC 8941 string) or bare, or None without one."""
+    if header is None:
+        return None
+    bare = header[1:-1] if len(header) >= 2 and header[0] == header[-1] == '"' else header
+    if not re.fullmatch(r"[!#-\[\]-~]{1,255}", bare, re.ASCII):
+        problems.append("Idempotency-Key: is not 1 to 255 visible ASCII characters")
+    return bare
+
+
+def parse_wait(query: Mapping[str, str], prefer: str | None) -> int | None:
+    """Return the seconds that a caller wants to wait for the end (?wait=N, or Prefer: wait=N of RFC 7240), or None."""
+    text = query.get("wait")
+    if text is None:
+        preferences = (part.partition("=") for part in (prefer or "").split(","))
+        text = next((value.strip().strip('"') for name, _, value in preferences if name.strip().lower() == "wait"), None)
+        # An unreadable preference is no preference (RFC 7240, section 2).
+        return int(text) if text and re.fullmatch(r"\d{1,6}", text, re.ASCII) else None
+    if not re.fullmatch(r"\d{1,6}", text, re.ASCII):
+        raise HookshotError("validation", f"wait: {clip(escape_controls(text), 20)} is not a number of seconds")
+    return int(text)
+
+
+def render_problem(error: HookshotError, request_id: str, now_ms: int) -> bytes:
+    """Return application/problem+json (RFC 9457) with the members of Hookshot 1.0 beside it."""
+    return render_json({
+        "type": "about:blank", "title": error.kind.title, "status": error.kind.http, "detail": error.sentence,
+        "error": error.sentence, "code": error.kind.code, "details": error.details,
+        "timestamp": render_time(now_ms), "request_id": request_id})
+
+
+# === 6. LIFECYCLE =====================================================================================================
+# The states of a deployment and the only table of its legal moves.
+#
+# 1. An illegal move is the KeyError of the lookup: a bug, never a decision.
+# 2. Terminal states have no row, so they never move again.
+# 3. A crash is no special path: the restart feeds the policy's outcome to the same table.
+
+
+class State(StrEnum):
+    """Where a deployment is; the values are what callers and the database see."""
+
+    QUEUED = "Queued"
+    VALIDATING = "Validating"
+    DEPLOYING = "Deploying"
+    HEALTH_CHECKING = "HealthChecking"
+    ROLLING_BACK = "RollingBack"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    ROLLED_BACK = "RolledBack"
+    ROLLBACK_FAILED = "RollbackFailed"
+    CANCELLED = "Cancelled"
+
+
+class Outcome(StrEnum):
+    """How a phase ended; with the state it decides the next state."""
+
+    CLAIMED = "claimed"
+    PASSED = "passed"
+    PASSED_UNCHECKED = "passed, and there is nothing to check"
+    FAILED = "failed, and can be rolled back"
+    FAILED_FOR_GOOD = "failed, and cannot be rolled back"
+    RETRIED = "interrupted, and starts over"
+    CANCELLED = "cancelled"
+
+
+TRANSITIONS: dict[State, dict[Outcome, State]] = {
+    State.QUEUED: {
+        Outcome.CLAIMED: State.VALIDATING,
+        Outcome.CANCELLED: State.CANCELLED},
+    State.VALIDATING: {
+        Outcome.PASSED: State.DEPLOYING,
+        Outcome.FAILED: State.ROLLING_BACK,
+        Outcome.FAILED_FOR_GOOD: State.FAILED,
+        Outcome.RETRIED: State.QUEUED,
+        Outcome.CANCELLED: State.CANCELLED},
+    State.DEPLOYING: {
+        Outcome.PASSED: State.HEALTH_CHECKING,
+        Outcome.PASSED_UNCHECKED: State.SUCCEEDED,
+        Outcome.FAILED: State.ROLLING_BACK,
+        Outcome.FAILED_FOR_GOOD: State.FAILED,
+        Outcome.RETRIED: State.QUEUED,
+        Outcome.CANCELLED: State.CANCELLED},
+    State.HEALTH_CHECKING: {
+        Outcome.PASSED: State.SUCCEEDED,
+        Outcome.FAILED: State.ROLLING_BACK,
+        Outcome.FAILED_FOR_GOOD: State.FAILED,
+        Outcome.RETRIED: State.QUEUED,
+        Outcome.CANCELLED: State.CANCELLED},
+    State.ROLLING_BACK: {
+        Outcome.PASSED: State.ROLLED_BACK,
+        Outcome.FAILED_FOR_GOOD: State.ROLLBACK_FAILED},
+}
+TERMINAL = frozenset(state for state in State if state not in TRANSITIONS)
+ACTIVE = frozenset(TRANSITIONS) - {State.QUEUED}
+# Exit statuses of a followed deployment.
+EXIT_OF_STATE = {State.SUCCEEDED: 0, State.FAILED: 10, State.ROLLED_BACK: 11, State.ROLLBACK_FAILED: 12, State.CANCELLED: 13}
+
+
+def advance(state: State, outcome: Outcome) -> State:
+    """Return the next state; KeyError if the move is illegal."""
+    return TRANSITIONS[state][outcome]
+
+
+class Trigger(NamedTuple):
+    """Who asked for a deployment."""
+
+    address: str
+    key_id: str
+    user_agent: str | None
+    request_id: str
+
+
+class Deployment(NamedTuple):
+    """One deployment as its row says; times are unix milliseconds, durations milliseconds."""
+
+    seq: int
+    deploy_id: str
+    service: str
+    state: State
+    image: str
+    previous_image: str | None
+    metadata: dict[str, str]
+    env: dict[str, str]
+    trigger: Trigger
+    digest: str
+    idempotency_key: str | None
+    queued_ms: int
+    started_ms: int | None
+    completed_ms: int | None
+    duration_ms: int | None
+    deploy_ms: int | None
+    healthcheck_ms: int | None
+    rollback_ms: int | None
+    phase: str | None
+    step: int
+    steps_total: int
+    current_step: str | None
+    command_no: int
+    pid: int | None
+    pid_started: str | None
+    error: str | None
+    failure_stage: str | None
+    rollback_reason: str | None
+    recoveries: int
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.state in TERMINAL
+
+    @property
+    def queue_ms(self) -> int | None:
+        """How long it waited; a clock that jumped back gives 0, never less."""
+        return None if self.started_ms is None else max(0, self.started_ms - self.queued_ms)
+
+
+def new_deployment(request: DeployRequest, trigger: Trigger, deploy_id: str, at_ms: int) -> Deployment:
+    """Return the record of a request that has just been accepted (`seq` is given by the database)."""
+    return Deployment(
+        seq=0, deploy_id=deploy_id, service=request.service, state=State.QUEUED, image=request.image,
+        previous_image=request.previous_image, metadata=request.metadata, env=request.env, trigger=trigger, digest=request.digest,
+        idempotency_key=request.idempotency_key, queued_ms=at_ms, started_ms=None, completed_ms=None, duration_ms=None,
+        deploy_ms=None, healthcheck_ms=None, rollback_ms=None, phase=None, step=0, steps_total=0, current_step=None, command_no=0,
+        pid=None, pid_started=None, error=None, failure_stage=None, rollback_reason=None, recoveries=0)
+
+
+class Move(NamedTuple):
+    """One entry of a deployment's history of states."""
+
+    state: State
+    at_ms: int
+    reason: str
+
+
+# === 7. PLAN ==========================================================================================================
+# What a deployment will do, worked out before anything runs: commands, environment, deadlines, verdicts. Pure.
+#
+# 1. build_plan is the one place that expands and refuses; `dry_run`, acceptance and execution share it.
+# 2. A request's values reach commands as arguments where the operator put a placeholder, and as HOOKSHOT_* variables.
+# 3. judge and watch_health turn what happened into verdicts; nothing else decides whether a phase passed.
+
+
+class Phase(StrEnum):
+    """The parts of a deployment in which commands run."""
+
+    PRE_DEPLOY = "pre_deploy"
+    DEPLOY = "deploy"
+    HEALTHCHECK = "healthcheck"
+    POST_DEPLOY = "post_deploy"
+    ROLLBACK = "rollback"
+    ON_FAILURE = "on_failure"
+
+
+class Account(NamedTuple):
+    """The identity that commands run as."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+    shell: str
+
+
+class Command(NamedTuple):
+    """One command of a plan, its templates not yet expanded: attempt and status are known only when it runs."""
+
+    phase: Phase
+    step: int
+    name: str
+    argv: tuple[Template, ...]
+    env: Mapping[str, Template]
+    cwd: str
+    timeout_s: int
+    retries: int
+    retry_delay_s: int | None
+    critical: bool
+
+
+class HttpCheck(NamedTuple):
+    """A GET that must answer with this status and hold this text."""
+
+    url: str
+    status: int
+    contains: str | None
+    timeout_s: float
+
+
+class SocketCheck(NamedTuple):
+    """A TCP address (host, port) or a unix socket (path, None) that must accept a connection."""
+
+    host: str
+    port: int | None
+    timeout_s: float
+
+
+class HealthPolicy(NamedTuple):
+    """When a series of probes counts as healthy."""
+
+    initial_delay_s: int
+    interval_s: int
+    max_attempts: int
+    success_threshold: int
+
+
+class Plan(NamedTuple):
+    """Everything about one deployment that is fixed before it starts."""
+
+    service: str
+    image: str
+    previous_image: str | None
+    commands: Mapping[Phase, tuple[Command, ...]]
+    checks: tuple[HttpCheck | SocketCheck, ...]
+    health: HealthPolicy
+    rollback_attempts: int
+    rollback_refusal: str | None
+    scope: Scope
+    env: Mapping[str, str]
+    service_env: Mapping[str, Template]
+    overrides: Mapping[str, str]
+    account: Account | None
+    umask: int
+    nice: int
+    timeout_s: int
+
+    @property
+    def has_health(self) -> bool:
+        return bool(self.commands[Phase.HEALTHCHECK] or self.checks)
+
+    @property
+    def can_roll_back(self) -> bool:
+        return self.rollback_refusal is None
+
+
+class Launch(NamedTuple):
+    """One process to start, complete; what RUN needs and nothing more."""
+
+    phase: Phase
+    step: int
+    name: str
+    attempt: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: str
+    timeout_s: float
+    account: Account | None
+    umask: int
+    nice: int
+
+
+class Result(NamedTuple):
+    """What became of one attempt of one command or probe."""
+
+    phase: Phase
+    step: int
+    name: str
+    command: str
+    attempt: int
+    status: str  # "succeeded", "failed", "timed_out", "stopped" or "not_started"
+    exit_code: int | None
+    signal: int | None
+    started_ms: int
+    duration_ms: int
+    stdout: str = ""
+    stderr: str = ""
+    note: str = ""
+    critical: bool = True
+
+    @property
+    def is_ok(self) -> bool:
+        return self.status == "succeeded"
+
+    def explain(self) -> str:
+        """Return why it failed, in words: never the command line, which callers must not see."""
+        if self.status == "timed_out":
+            return f"{self.name} timed out after {render_duration(self.duration_ms)}"
+        if self.signal is not None:
+            return f"{self.name} was killed by {_signal_name(self.signal)}"
+        if self.exit_code is not None and self.exit_code != 0:
+            return f"{self.name} exited with status {self.exit_code}"
+        return f"{self.name} {self.note or self.status}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+# Let through from the server's environment: what programs need to find their files and speak the right language.
+SAFE_ENV = re.compile(r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_[A-Z]+|TZ|TMPDIR", re.ASCII)
+# Never let through, even if inherit_env names it: it would let a command speak in the server's name, or hold a secret.
+NEVER_INHERITED = re.compile(r"HOOKSHOT_.*|DEPLOY_RECEIVER_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY|LISTEN_.*|WATCHDOG_.*|INVOCATION_ID"
+                             r"|JOURNAL_STREAM|MAINPID", re.ASCII)
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def check_request(service: Service, request: DeployRequest) -> None:
+    """Raise unless the service allows this request; the sentence tells a caller nothing of the pattern."""
+    if not service.enabled:
+        raise HookshotError("access_denied", f"service {service.name} is disabled; set enabled = true in services.toml")
+    for field, image in (("image", request.image), ("previous_image", request.previous_image)):
+        if image is not None and not service.security.allowed_image_pattern.fullmatch(image):
+            raise HookshotError("validation", f"{field}: {clip(image, 128)} is not allowed for service {service.name}")
+    for name in request.env:
+        if name not in service.security.allowed_env_overrides:
+            raise HookshotError("validation", f"overrides.env.{name}: may not be set for service {service.name}")
+
+
+def choose_previous_image(image: str, requested: str | None, last_good: str | None) -> str | None:
+    """Return what a rollback would return to: the request's, else the last good one, if it is another image."""
+    previous = requested or last_good
+    return previous if previous != image else None
+
+
+def build_plan(service: Service, deployment: Deployment, limits: Limits, environ: Mapping[str, str], account: Account | None) -> Plan:
+    """Return the plan; raise `validation` if a command needs metadata that the request lacks.
+
+    `deployment.previous_image` is what choose_previous_image gave; `environ` is the server's environment.
+    """
+    scope = _scope_of(service, deployment)
+    health = service.healthcheck
+    plan = Plan(
+        service=service.name, image=deployment.image, previous_image=deployment.previous_image,
+        commands={
+            Phase.PRE_DEPLOY: _commands_of(Phase.PRE_DEPLOY, service.hooks.pre_deploy, service, service.deploy.timeout),
+            Phase.DEPLOY: _commands_of(Phase.DEPLOY, service.deploy.commands, service, service.deploy.timeout,
+                                       retries=service.deploy.retries, critical=service.deploy.critical),
+            Phase.HEALTHCHECK: _commands_of(Phase.HEALTHCHECK, health.commands, service, health.timeout),
+            Phase.POST_DEPLOY: _commands_of(Phase.POST_DEPLOY, service.hooks.post_deploy, service, service.deploy.timeout,
+                                            critical=False),
+            Phase.ROLLBACK: _commands_of(Phase.ROLLBACK, service.rollback.commands, service, service.rollback.timeout),
+            Phase.ON_FAILURE: _commands_of(Phase.ON_FAILURE, service.hooks.on_failure, service, service.deploy.timeout,
+                                           critical=False)},
+        checks=_checks_of(health, scope),
+        health=HealthPolicy(health.initial_delay, health.interval, health.max_attempts, health.success_threshold),
+        rollback_attempts=service.rollback.max_attempts,
+        rollback_refusal=_why_no_rollback(service, deployment.previous_image),
+        scope=scope, env=_base_env(service, environ, account), service_env=service.env, overrides=deployment.env,
+        account=account, umask=service.umask, nice=service.nice, timeout_s=limits.deployment_timeout)
+    for command in itertools.chain.from_iterable(plan.commands.values()):
+        launch_of(plan, command, 1)
+    return plan
+
+
+def _why_no_rollback(service: Service, previous_image: str | None) -> str | None:
+    if not service.rollback.enabled:
+        return "rollback is disabled"
+    if not service.rollback.commands:
+        return "there are no rollback commands"
+    return None if previous_image else "no previous image is known"
+
+
+def _scope_of(service: Service, deployment: Deployment) -> Scope:
+    at_ms = deployment.started_ms or deployment.queued_ms
+    moment = render_time(at_ms) or ""
+    return Scope(values={
+        "IMAGE": deployment.image, "PREVIOUS_IMAGE": deployment.previous_image or "", "SERVICE": service.name,
+        "DEPLOY_ID": deployment.deploy_id, "WORKING_DIR": service.working_dir or "", "TIMESTAMP": str(at_ms // 1000),
+        "DATE": moment[:10], "DATETIME": moment, "ATTEMPT": "1", "PHASE": "", "STATUS": "", "ERROR_MESSAGE": "",
+    }, custom=service.templates, metadata=deployment.metadata)
+
+
+def _commands_of(phase: Phase, specs: Sequence[CommandSpec], service: Service, timeout_s: int | None, *, retries: int = 0,
+                 critical: bool = True) -> tuple[Command, ...]:
+    return tuple(Command(
+        phase=phase, step=step, name=spec.name or clip(escape_controls(os.path.basename(spec.run[0].text)), 64), argv=spec.run,
+        env=spec.env, cwd=spec.working_dir or service.working_dir or "/", timeout_s=spec.timeout or timeout_s or 1,
+        retries=retries if spec.retries is None else spec.retries, retry_delay_s=spec.retry_delay,
+        critical=critical if spec.critical is None else spec.critical) for step, spec in enumerate(specs, 1))
+
+
+def _checks_of(health: Healthcheck, scope: Scope) -> tuple[HttpCheck | SocketCheck, ...]:
+    timeout_s = float(health.timeout or 1)
+    checks: list[HttpCheck | SocketCheck] = []
+    if health.http:
+        contains = health.http.contains
+        checks.append(HttpCheck(_expand(health.http.url, scope), health.http.status,
+                                None if contains is None else _expand(contains, scope), timeout_s))
+    if health.tcp:
+        host, _, port = _expand(health.tcp, scope).rpartition(":")
+        if not port.isdecimal() or int(port) > 65535:
+            raise HookshotError("validation", "the health check's tcp address has no port")
+        checks.append(SocketCheck(host.strip("[]"), int(port), timeout_s))
+    if health.unix:
+        checks.append(SocketCheck(health.unix, None, timeout_s))
+    return tuple(checks)
+
+
+def _base_env(service: Service, environ: Mapping[str, str], account: Account | None) -> dict[str, str]:
+    env = {name: value for name, value in environ.items()
+           if (SAFE_ENV.fullmatch(name) or name in service.inherit_env) and not NEVER_INHERITED.fullmatch(name)}
+    env.setdefault("PATH", DEFAULT_PATH)
+    if account:
+        env |= {"HOME": account.home, "USER": account.name, "LOGNAME": account.name, "SHELL": account.shell}
+    return env
+
+
+def _expand(template: Template, scope: Scope) -> str:
+    try:
+        return expand(template, scope)
+    except ValueError as error:
+        raise HookshotError("validation", str(error)) from None
+
+
+def launch_of(plan: Plan, command: Command, attempt: int, *, status: str = "", error: str = "", timeout_s: float | None = None) -> Launch:
+    """Return the process of one attempt of a command; raise `validation` for missing metadata."""
+    scope = plan.scope._replace(values={**plan.scope.values, "ATTEMPT": str(attempt), "PHASE": command.phase, "STATUS": status,
+                                        "ERROR_MESSAGE": error})
+    env = dict(plan.env)
+    env |= {name: _expand(template, scope) for name, template in plan.service_env.items()}
+    env |= {name: _expand(template, scope) for name, template in command.env.items()}
+    env |= plan.overrides
+    env |= _variables(scope)
+    return Launch(
+        phase=command.phase, step=command.step, name=command.name, attempt=attempt,
+        argv=tuple(_expand(word, scope) for word in command.argv), env=env, cwd=command.cwd,
+        timeout_s=command.timeout_s if timeout_s is None else min(timeout_s, command.timeout_s),
+        account=plan.account, umask=plan.umask, nice=plan.nice)
+
+
+def _variables(scope: Scope) -> dict[str, str]:
+    """Return what every command gets as HOOKSHOT_*; a custom variable whose metadata is missing is left out."""
+    env = {f"HOOKSHOT_META_{re.sub('[^A-Z0-9]', '_', name.upper())}": value for name, value in scope.metadata.items()}
+    for name, template in scope.custom.items():
+        with contextlib.suppress(ValueError):
+            env[env_name_of(name)] = expand(template, scope)
+    env |= {f"HOOKSHOT_{name}": value for name, value in scope.values.items()}
+    return env
+
+
+def judge(results: Sequence[Result]) -> Result | None:
+    """Return the critical result that failed a phase, or None if the phase passed."""
+    last: dict[int, Result] = {result.step: result for result in results}
+    return next((result for result in last.values() if result.critical and not result.is_ok), None)
+
+
+def retry_delay(command: Command, attempt: int) -> int:
+    """Return the seconds to wait after a failed attempt: the operator's, or 2, 4, 8, ... at most 60."""
+    return min(60, 2**attempt) if command.retry_delay_s is None else command.retry_delay_s
+
+
+class HealthProgress(NamedTuple):
+    """How a series of probes stands."""
+
+    attempts: int = 0
+    streak: int = 0
+
+
+def watch_health(policy: HealthPolicy, progress: HealthProgress, is_good: bool) -> tuple[HealthProgress, bool | None]:
+    """Return the progress after one more probe, and the verdict: healthy, unhealthy, or None for "go on".
+
+    Unhealthy comes as soon as the attempts left cannot reach the threshold any more.
+    """
+    after = HealthProgress(progress.attempts + 1, progress.streak + 1 if is_good else 0)
+    if after.streak >= policy.success_threshold:
+        return after, True
+    left = policy.max_attempts - after.attempts
+    return after, False if left < policy.success_threshold - after.streak else None
+
+
+class Interruption(NamedTuple):
+    """What a restart does with a deployment that it finds half-way."""
+
+    outcome: Outcome
+    reason: str
+
+
+# A deployment that takes the server down each time must not do so for ever.
+MAX_RECOVERIES = 3
+
+
+def judge_interruption(deployment: Deployment, recovery: str, *, can_roll_back: bool) -> Interruption | None:
+    """Return the move that follows an interruption, or None to go on with the rollback that was under way."""
+    if deployment.state is State.ROLLING_BACK:
+        if recovery == "fail" or deployment.recoveries >= MAX_RECOVERIES:
+            return Interruption(Outcome.FAILED_FOR_GOOD, "the server stopped during the rollback")
+        return None
+    if recovery == "retry" and deployment.recoveries < MAX_RECOVERIES:
+        return Interruption(Outcome.RETRIED, "the server stopped while it ran; it starts over")
+    outcome = Outcome.FAILED if recovery != "fail" and can_roll_back else Outcome.FAILED_FOR_GOOD
+    return Interruption(outcome, "the server stopped while it ran")
+
+
+def render_plan(plan: Plan) -> dict[str, Any]:
+    """Return the answer to a dry run: every phase's expanded commands, names of the environment, timeouts."""
+    late = {"status": "{{STATUS}}", "error": "{{ERROR_MESSAGE}}"}
+    phases = {phase: [_render_launch(launch_of(plan, command, 1, **late), command, plan) for command in commands]
+              for phase, commands in plan.commands.items()}
+    return {
+        "service": plan.service, "image": plan.image, "dry_run": True, "status": "Planned", "phases": phases,
+        "healthcheck": {
+            "checks": [{"url": check.url, "status": check.status, "contains": check.contains} if isinstance(check, HttpCheck)
+                       else {"tcp": f"{check.host}:{check.port}"} if check.port is not None else {"unix": check.host}
+                       for check in plan.checks],
+            **plan.health._asdict()} if plan.has_health else None,
+        "rollback": {"possible": plan.can_roll_back, "to": plan.previous_image, "reason": plan.rollback_refusal,
+                     "max_attempts": plan.rollback_attempts},
+        "timeout_seconds": plan.timeout_s}
+
+
+def _render_launch(launch: Launch, command: Command, plan: Plan) -> dict[str, Any]:
+    return {"step": launch.step, "name": launch.name, "run": list(launch.argv), "env": sorted(launch.env), "working_dir": launch.cwd,
+            "timeout_seconds": launch.timeout_s, "retries": command.retries, "critical": command.critical,
+            "user": plan.account.name if plan.account else None}
+
+
+# === 9. EVENTS ========================================================================================================
+# Facts, told once, after they are true (after the commit, where there is one). Whoever listens must not fail or wait.
+
+
+class Accepted(NamedTuple):
+    """A deploy request is on disk."""
+
+    deployment: Deployment
+    created: bool
+
+
+class Moved(NamedTuple):
+    """A deployment has a new state."""
+
+    deployment: Deployment
+    before: State
+    reason: str
+
+
+class CommandEnded(NamedTuple):
+    """One attempt of one command or probe is over."""
+
+    deployment: Deployment
+    result: Result
+
+
+class Refused(NamedTuple):
+    """A request was answered with an error."""
+
+    request_id: str
+    address: str
+    method: str
+    path: str
+    code: str
+    sentence: str
+
+
+class Broken(NamedTuple):
+    """A bug reached a boundary: the work goes on, the trace goes to the log."""
+
+    where: str
+    error: BaseException
+
+
+class Trouble(NamedTuple):
+    """Something that the operator should look at; the server goes on."""
+
+    message: str
+
+
+class Noted(NamedTuple):
+    """A stage of the server's own life."""
+
+    event: str
+    message: str
+
+
+Event = Accepted | Moved | CommandEnded | Refused | Broken | Trouble | Noted
+Publish = Callable[[Event], None]
+
+
+# === 11. WORLD ========================================================================================================
+# The only contact with clocks, randomness, accounts, private files and the process table.
+#
+# 1. Instants come from the wall clock (milliseconds), durations from the monotonic one (seconds).
+# 2. What we create is ours alone: files 0600, folders 0700.
+# 3. A process is known by pid and start time together; a pid alone may long be another program.
+
+
+def now_ms() -> int:
+    """Return the wall clock, unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def new_deploy_id(at_ms: int) -> str:
+    """Return an id that sorts by time and that people can read out: 20261123-131502-9f3c21ab."""
+    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime(at_ms // 1000)) + secrets.token_hex(4)
+
+
+def new_request_id() -> str:
+    """Return 16 random hex digits."""
+    return os.urandom(8).hex()
+
+
+def make_private_folder(path: str) -> None:
+    """Create a folder (and its parents) with mode 0700; close an existing one of ours to others."""
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    status = os.stat(path)
+    if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o077:
+        os.chmod(path, 0o700)
+
+
+def write_private_file(path: str, text: str, *, mode: int = 0o600) -> None:
+    """Create a file that must not exist yet; OSError says why it cannot be."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def read_text(path: str, limit_bytes: int = 4 << 20) -> str:
+    """Return a UTF-8 file of bounded size; OSError or ValueError say why not."""
+    with open(path, "rb") as file:
+        content = file.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise ValueError(f"is larger than {render_size(limit_bytes)}")
+    return content.decode("utf-8-sig")
+
+
+class FolderLock:
+    """The kernel's lock on a data directory: held while this process lives, gone with it, however it ends."""
+
+    def __init__(self, folder: str):
+        self.path = os.path.join(folder, "hookshot.lock")
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
+            os.close(self._descriptor)
+            raise HookshotError("in_use", f"another hookshot (pid {holder or 'unknown'}) uses {folder}; stop it, or use another data_dir") from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let the next server in. The file stays: unlinking it would let two servers lock two files of one name."""
+        os.close(self._descriptor)
+
+
+def free_bytes(path: str) -> int:
+    """Return what an ordinary user may still write on the file system of `path`."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def find_account(user: str | None, group: str | None) -> Account | None:
+    """Return the identity for a service's user and group, or None for the server's own; ValueError if unknown."""
+    if user is None and group is None:
+        return None
+    import grp  # only services with a user or group of their own need it
+
+    try:
+        entry = pwd.getpwnam(user) if user else pwd.getpwuid(os.geteuid())
+    except KeyError:
+        raise ValueError(f"user {user} does not exist on this host") from None
+    try:
+        gid = grp.getgrnam(group).gr_gid if group else entry.pw_gid
+    except KeyError:
+        raise ValueError(f"group {group} does not exist on this host") from None
+    return Account(entry.pw_name, entry.pw_uid, gid, tuple(os.getgrouplist(entry.pw_name, gid)), entry.pw_dir, entry.pw_shell or "/bin/sh")
+
+
+@functools.cache
+def _boot_id() -> str:
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read(8)
+    return ""
+
+
+class ProcessStat(NamedTuple):
+    """What /proc says of a process: who it is for ever (`identity`), its group, and whether it still runs."""
+
+    pid: int
+    pgid: int
+    identity: str
+    is_alive: bool
+
+
+def read_process(pid: int) -> ProcessStat | None:
+    """Return a process of this moment, or None if there is none (or no /proc)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    # proc_pid_stat(5): after the name come state, ppid, pgrp; field 22 is the start time in ticks since boot.
+    return ProcessStat(pid, int(fields[2]), f"{_boot_id()}-{int(fields[19])}", fields[0] not in (b"Z", b"X"))
+
+
+def list_processes() -> Iterator[ProcessStat]:
+    """Yield every process that still runs; nothing where there is no /proc."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc"):
+            if name.isdecimal() and (process := read_process(int(name))) and process.is_alive:
+                yield process
+
+
+def read_environment(pid: int) -> dict[bytes, bytes]:
+    """Return the environment a process was started with; empty if we may not look."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return dict(entry.partition(b"=")[::2] for entry in file.read().split(b"\0") if entry)
+    except OSError:
+        return {}
+
+
+def is_group_alive(pgid: int) -> bool:
+    """Return whether any process of a group still runs; zombies do not count."""
+    if not os.path.isdir("/proc/self"):
+        return _signal_group(pgid, 0)
+    return any(process.pgid == pgid for process in list_processes())
+
+
+def _signal_group(pgid: int, number: int) -> bool:
+    try:
+        os.killpg(pgid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+# From SIGTERM to SIGKILL. systemd waits 90 s; these processes have already overrun or outlived their deployment.
+KILL_AFTER_S = 5.0
+
+
+def end_groups(pgids: Iterable[int], *, kill_after_s: float = KILL_AFTER_S) -> None:
+    """Send SIGTERM to the groups, SIGKILL to what is left of them after `kill_after_s`; nobody survives."""
+    left = [pgid for pgid in pgids if _signal_group(pgid, signal.SIGTERM)]
+    deadline = time.monotonic() + kill_after_s
+    pause = 0.005
+    while left and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(0.1, pause * 2)
+        left = [pgid for pgid in left if is_group_alive(pgid)]
+    for pgid in left:
+        _signal_group(pgid, signal.SIGKILL)
+
+
+# === 12. LOG ==========================================================================================================
+# The server's own lines on stderr, JSON or for people, and the masking of secrets in everything that is kept.
+#
+# 1. One line, one write: lines of threads never mix.
+# 2. A log that cannot be written never stops a deployment.
+# 3. Control characters from outside are made visible before they reach a line.
+
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_LEVEL_COLOURS = {"debug": "2", "info": "32", "warning": "33", "error": "31"}
+# Shorter values are words of everyday text; masking them would make logs unreadable and hide nothing.
+_MIN_MASKED_BYTES = 6
+_MASK = b"***"
+
+
+class Masker:
+    """Replaces the values of secrets by ***, also where they stand in base64, URL- or JSON-encoded. Immutable."""
+
+    def __init__(self, values: Iterable[bytes] = ()):
+        forms: set[bytes] = set()
+        for value in values:
+            if len(value) >= _MIN_MASKED_BYTES:
+                forms |= {value, base64.b64encode(value).rstrip(b"="), urllib.parse.quote(value, safe="").encode(),
+                          json.dumps(value.decode("utf-8", "replace"))[1:-1].encode()}
+        # Longest first: a secret that contains another one is masked whole.
+        self._forms = sorted(forms, key=len, reverse=True)
+
+    def mask(self, content: bytes) -> bytes:
+        """Return the content without any secret that lies whole in it."""
+        for form in self._forms:
+            if form in content:
+                content = content.replace(form, _MASK)
+        return content
+
+    def mask_text(self, text: str) -> str:
+        """Return the text without any secret that lies whole in it."""
+        return self.mask(text.encode("utf-8", "replace")).decode("utf-8", "replace") if self._forms else text
+
+    def safe_length(self, content: bytes) -> int:
+        """Return how much of the end-to-be-continued content can be let go: what follows may be the start of a secret."""
+        longest = min(len(self._forms[0]) - 1, len(content)) if self._forms else 0
+        for start in range(len(content) - longest, len(content)):
+            if any(form.startswith(content[start:]) for form in self._forms):
+                return start
+        return len(content)
+
+
+class Log:
+    """Writes lines to one descriptor. Any thread."""
+
+    def __init__(self, level: str = "info", style: str = "json", descriptor: int = 2):
+        self.masker = Masker()
+        self._threshold = LEVELS[level]
+        self._render = _render_pretty if style == "pretty" else _render_json_line
+        self._is_coloured = style == "pretty" and wants_colour(descriptor)
+        self._descriptor = descriptor
+
+    def write(self, level: str, event: str, message: str, **fields: object) -> None:
+        """Write one line; fields that are None are left out."""
+        if LEVELS[level] < self._threshold:
+            return
+        known = {name: value for name, value in fields.items() if value is not None}
+        line = self.masker.mask(self._render(level, event, message, known, now_ms(), self._is_coloured).encode("utf-8", "replace"))
+        with contextlib.suppress(OSError):
+            os.write(self._descriptor, line)
+
+
+def wants_colour(descriptor: int) -> bool:
+    """Return whether a descriptor is a terminal whose user has not said NO_COLOR (no-color.org)."""
+    return os.isatty(descriptor) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _render_json_line(level: str, event: str, message: str, fields: Mapping[str, object], at_ms: int, coloured: bool) -> str:
+    line = {"timestamp": render_time(at_ms), "level": level, "event": event, "message": message, **fields}
+    return json.dumps(line, ensure_ascii=True, default=str) + "\n"
+
+
+def _render_pretty(level: str, event: str, message: str, fields: Mapping[str, object], at_ms: int, coloured: bool) -> str:
+    moment = (render_time(at_ms) or "")[11:23]
+    label = f"\x1b[{_LEVEL_COLOURS[level]}m{level.upper():7}\x1b[0m" if coloured else f"{level.upper():7}"
+    extra = "".join(f" {name}={escape_controls(str(value))}" for name, value in fields.items())
+    return f"{moment} {label} {escape_controls(message)}{extra}\n"
+
+
+_LEVEL_OF_STATE = {State.FAILED: "error", State.ROLLBACK_FAILED: "error", State.ROLLED_BACK: "warning", State.CANCELLED: "warning"}
+
+
+def _log_accepted(log: Log, event: Accepted) -> None:
+    deployment, trigger = event.deployment, event.deployment.trigger
+    name, message = ("deploy_accepted", f"accepted {deployment.service} {deployment.image}") if event.created else \
+        ("deploy_repeated", "the same request again; nothing runs twice")
+    log.write("info", name, message, deploy_id=deployment.deploy_id, service=deployment.service, image=deployment.image,
+              request_id=trigger.request_id, address=trigger.address, key_id=trigger.key_id)
+
+
+def _log_moved(log: Log, event: Moved) -> None:
+    deployment = event.deployment
+    log.write(_LEVEL_OF_STATE.get(deployment.state, "info"), "deploy_moved",
+              f"{deployment.service}: {event.before} -> {deployment.state}{': ' if event.reason else ''}{event.reason}",
+              deploy_id=deployment.deploy_id, service=deployment.service, status=deployment.state, error=deployment.error,
+              duration_ms=deployment.duration_ms, request_id=deployment.trigger.request_id)
+
+
+def _log_command_ended(log: Log, event: CommandEnded) -> None:
+    deployment, result = event.deployment, event.result
+    said = f"{result.name} succeeded" if result.is_ok else result.explain()
+    log.write("info" if result.is_ok else "warning", "command_ended",
+              f"{deployment.service}: {result.phase} step {result.step}: {said}", deploy_id=deployment.deploy_id,
+              service=deployment.service, phase=result.phase, step=result.step, attempt=result.attempt, status=result.status,
+              exit_code=result.exit_code, signal=result.signal, duration_ms=result.duration_ms, request_id=deployment.trigger.request_id)
+
+
+def _log_refused(log: Log, event: Refused) -> None:
+    log.write("warning", "request_refused", f"{event.method} {event.path}: {event.sentence}", request_id=event.request_id,
+              address=event.address, code=event.code)
+
+
+def _log_broken(log: Log, event: Broken) -> None:
+    import traceback  # only a bug needs it
+
+    log.write("error", "bug", f"{event.where}: {type(event.error).__name__}; please report it",
+              trace="".join(traceback.format_exception(event.error)))
+
+
+_LINES: dict[type, Callable[[Log, Any], None]] = {
+    Accepted: _log_accepted, Moved: _log_moved, CommandEnded: _log_command_ended, Refused: _log_refused, Broken: _log_broken,
+    Trouble: lambda log, event: log.write("error", "trouble", event.message),
+    Noted: lambda log, event: log.write("info", event.event, event.message),
+}
+
+
+def log_event(log: Log, event: Event) -> None:
+    """Write the line of an event."""
+    _LINES[type(event)](log, event)
+
+
+# === 13. STORE ========================================================================================================
+# Every SQL statement there is. Owns state.db and its writer.
+#
+# 1. One public method is one transaction; a durable one has reached the disk (synchronous=FULL) when it returns.
+# 2. Writers that wait while another commits share the next commit: one fsync serves them all, and a statement that
+#    fails undoes its own savepoint only.
+# 3. A move is compare-and-set on the state; a count other than one row is a bug that raises.
+# 4. STORE returns facts and raises `storage` or `disk_full`; it never logs, publishes or sleeps.
+
+_TERMINAL_SQL = ", ".join(f"'{state}'" for state in State if state in TERMINAL)
+_ACTIVE_SQL = ", ".join(f"'{state}'" for state in State if state in ACTIVE)
+_STATES_SQL = ", ".join(f"'{state}'" for state in State)
+
+MIGRATIONS: tuple[str, ...] = (
+    f"""
+    CREATE TABLE deployments (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, deploy_id TEXT NOT NULL UNIQUE, service TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ({_STATES_SQL})), image TEXT NOT NULL, previous_image TEXT,
+        metadata TEXT NOT NULL, env TEXT NOT NULL, trigger TEXT NOT NULL, digest TEXT NOT NULL, idempotency_key TEXT UNIQUE,
+        queued_ms INTEGER NOT NULL, started_ms INTEGER, completed_ms INTEGER, duration_ms INTEGER, deploy_ms INTEGER,
+        healthcheck_ms INTEGER, rollback_ms INTEGER, phase TEXT, step INTEGER NOT NULL DEFAULT 0,
+        steps_total INTEGER NOT NULL DEFAULT 0, current_step TEXT, command_no INTEGER NOT NULL DEFAULT 0, pid INTEGER,
+        pid_started TEXT, error TEXT, failure_stage TEXT, rollback_reason TEXT, recoveries INTEGER NOT NULL DEFAULT 0);
+    CREATE INDEX deployments_by_state ON deployments (state);
+    CREATE INDEX deployments_by_service ON deployments (service, state);
+    CREATE TABLE moves (
+        seq INTEGER NOT NULL REFERENCES deployments ON DELETE CASCADE, n INTEGER NOT NULL, state TEXT NOT NULL,
+        at_ms INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (seq, n)) WITHOUT ROWID;
+    CREATE TABLE commands (
+        seq INTEGER NOT NULL REFERENCES deployments ON DELETE CASCADE, n INTEGER NOT NULL, phase TEXT NOT NULL,
+        step INTEGER NOT NULL, name TEXT NOT NULL, command TEXT NOT NULL, attempt INTEGER NOT NULL, status TEXT NOT NULL,
+        exit_code INTEGER, signal INTEGER, started_ms INTEGER NOT NULL, duration_ms INTEGER NOT NULL, stdout TEXT NOT NULL,
+        stderr TEXT NOT NULL, note TEXT NOT NULL, critical INTEGER NOT NULL, PRIMARY KEY (seq, n));
+    CREATE TABLE services (
+        name TEXT PRIMARY KEY, current_image TEXT, last_deploy_id TEXT, last_status TEXT, last_completed_ms INTEGER,
+        health TEXT NOT NULL DEFAULT 'Unknown', succeeded INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
+        rolled_back INTEGER NOT NULL DEFAULT 0, rollback_failed INTEGER NOT NULL DEFAULT 0,
+        cancelled INTEGER NOT NULL DEFAULT 0, duration_ms INTEGER NOT NULL DEFAULT 0, last_failure_ms INTEGER) WITHOUT ROWID;
+    """,
+)
+
+_COLUMNS = (
+    "seq, deploy_id, service, state, image, previous_image, metadata, env, trigger, digest, idempotency_key, queued_ms, started_ms, "
+    "completed_ms, duration_ms, deploy_ms, healthcheck_ms, rollback_ms, phase, step, steps_total, current_step, command_no, pid, "
+    "pid_started, error, failure_stage, rollback_reason, recoveries")
+_UPDATE = (
+    "UPDATE deployments SET state=?, previous_image=?, started_ms=?, completed_ms=?, duration_ms=?, deploy_ms=?, healthcheck_ms=?, "
+    "rollback_ms=?, phase=?, step=?, steps_total=?, current_step=?, command_no=?, pid=?, pid_started=?, error=?, failure_stage=?, "
+    "rollback_reason=?, recoveries=? WHERE seq=? AND state=?")
+# How each ending changes what is known of a service. "Cancelled" ran nothing, so it changes neither health nor image.
+_COUNT_OF_STATE = {State.SUCCEEDED: "succeeded", State.FAILED: "failed", State.ROLLED_BACK: "rolled_back",
+                   State.ROLLBACK_FAILED: "rollback_failed", State.CANCELLED: "cancelled"}
+_HEALTH_OF_STATE = {State.SUCCEEDED: "Healthy", State.FAILED: "Unhealthy", State.ROLLED_BACK: "Degraded",
+                    State.ROLLBACK_FAILED: "Unhealthy"}
+_SENTENCE_OF_SQLITE_ERROR = {
+    sqlite3.SQLITE_FULL: ("disk_full", "the disk is full; free some space"),
+    sqlite3.SQLITE_READONLY: ("storage", "the database is read-only; check the file system and the owner of its files"),
+    sqlite3.SQLITE_IOERR: ("storage", "the disk failed while the database was used; check the kernel's log"),
+    sqlite3.SQLITE_CORRUPT: ("storage", "the database is damaged; stop the server and restore a backup"),
+    sqlite3.SQLITE_NOTADB: ("storage", "state.db is not a database; stop the server and restore a backup"),
+    sqlite3.SQLITE_CANTOPEN: ("storage", "the database cannot be opened; check the owner and mode of the data directory"),
+    sqlite3.SQLITE_BUSY: ("storage", "another program keeps the database locked; end it"),
+    sqlite3.SQLITE_LOCKED: ("storage", "another program keeps the database locked; end it"),
+}
+# Left free so that running deployments can write their endings when new ones are refused already.
+DISK_RESERVE_BYTES = 8 << 20
+_BUSY_TIMEOUT_S = 5.0
+
+
+class Submission(NamedTuple):
+    """What became of a deploy request: a new deployment or the one that was there, and those that it replaced."""
+
+    deployment: Deployment
+    created: bool
+    position: int | None
+    superseded: tuple[Deployment, ...] = ()
+    can_start: bool = False
+
+
+class ServiceRecord(NamedTuple):
+    """What is known of a service: counted as things happen, never recomputed."""
+
+    name: str
+    current_image: str | None = None
+    last_deploy_id: str | None = None
+    last_status: str | None = None
+    last_completed_ms: int | None = None
+    health: str = "Unknown"
+    succeeded: int = 0
+    failed: int = 0
+    rolled_back: int = 0
+    rollback_failed: int = 0
+    cancelled: int = 0
+    duration_ms: int = 0
+    last_failure_ms: int | None = None
+
+
+def _storage_error(error: sqlite3.Error) -> HookshotError:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    name, sentence = _SENTENCE_OF_SQLITE_ERROR.get(code, ("storage", f"the database cannot be used ({error})"))
+    return HookshotError(name, sentence, details=str(error))
+
+
+def _deployment_of(row: Sequence[Any]) -> Deployment:
+    values = dict(zip(Deployment._fields, row, strict=True))
+    return Deployment(**values | {
+        "state": State(values["state"]), "metadata": json.loads(values["metadata"]), "env": json.loads(values["env"]),
+        "trigger": Trigger(*json.loads(values["trigger"]))})
+
+
+class _Ticket:
+    """One write that waits for the writer: what to do, and then what came of it."""
+
+    __slots__ = ("work", "durable", "result", "error", "is_done")
+
+    def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool):
+        self.work, self.durable = work, durable
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.is_done = False
+
+
+class Store:
+    """The database of one data directory. Any thread; at most one Store per directory (see FolderLock)."""
+
+    def __init__(self, folder: str):
+        """Open or create the database and bring it to this version's schema; raise `storage` with what to do."""
+        self.path = os.path.join(folder, "state.db")
+        self.logs = os.path.join(folder, "logs")
+        self._folder = folder
+        self._pending: collections.deque[_Ticket] = collections.deque()
+        self._writer_lock = threading.Lock()
+        self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        self._synchronous = "FULL"
+        ended_uncleanly = os.path.exists(self.path + "-wal")
+        try:
+            self._writer = self._connect()
+            self._writer.execute("PRAGMA journal_mode=WAL")
+            self._migrate()
+            if ended_uncleanly and (problem := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise HookshotError("storage", f"{self.path} is damaged ({clip(problem, 100)}); restore a backup")
+        except sqlite3.Error as error:
+            raise _storage_error(error) from error
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA synchronous=FULL")
+        db.execute("PRAGMA foreign_keys=ON")
+        return db
+
+    def _migrate(self) -> None:
+        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise HookshotError("storage", f"{self.path} was written by a newer hookshot (schema {version}, this one knows "
+                                           f"{len(MIGRATIONS)}); run that version, or restore an older backup")
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            try:
+                self._writer.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version={number}; COMMIT;")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    def close(self) -> None:
+        """Close every connection; the last one folds the write-ahead log into the database."""
+        with self._writer_lock:
+            while True:
+                try:
+                    self._readers.get_nowait().close()
+                except queue.Empty:
+                    break
+            self._writer.close()
+
+    # --- the writer and the readers
+
+    def _write(self, work: Callable[[sqlite3.Connection], Any], *, durable: bool) -> Any:
+        """Carry out `work` in a transaction, together with whatever else waits, and return its result."""
+        ticket = _Ticket(work, durable)
+        self._pending.append(ticket)
+        with self._writer_lock:
+            if not ticket.is_done:
+                self._carry_out([self._pending.popleft() for _ in range(len(self._pending))])
+        if ticket.error:
+            raise _storage_error(ticket.error) if isinstance(ticket.error, sqlite3.Error) else ticket.error
+        return ticket.result
+
+    def _carry_out(self, tickets: Sequence[_Ticket]) -> None:
+        db = self._writer
+        try:
+            self._set_synchronous("FULL" if any(ticket.durable for ticket in tickets) else "NORMAL")
+            db.execute("BEGIN IMMEDIATE")
+            for ticket in tickets:
+                self._carry_out_one(db, ticket, is_alone=len(tickets) == 1)
+            if db.in_transaction:
+                db.execute("COMMIT")
+        except BaseException as error:
+            for ticket in tickets:
+                ticket.error = ticket.error or error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            for ticket in tickets:
+                ticket.is_done = True
+
+    @staticmethod
+    def _carry_out_one(db: sqlite3.Connection, ticket: _Ticket, *, is_alone: bool) -> None:
+        if is_alone:
+            ticket.result = ticket.work(db)
+            return
+        db.execute("SAVEPOINT one")
+        try:
+            ticket.result = ticket.work(db)
+        except Exception as error:
+            ticket.error = error
+            # A full disk or an I/O error has already undone the whole transaction: then nothing of it may be claimed done.
+            if not db.in_transaction:
+                raise
+            db.execute("ROLLBACK TO one")
+        db.execute("RELEASE one")
+
+    def _set_synchronous(self, mode: str) -> None:
+        if mode != self._synchronous:
+            self._writer.execute(f"PRAGMA synchronous={mode}")
+            self._synchronous = mode
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[sqlite3.Connection]:
+        try:
+            try:
+                db = self._readers.get_nowait()
+            except queue.Empty:
+                db = self._connect()
+                db.execute("PRAGMA query_only=ON")
+            try:
+                yield db
+            finally:
+                self._readers.put(db)
+        except sqlite3.Error as error:
+            raise _storage_error(error) from error
+
+    # --- accepting
+
+    def submit(self, request: DeployRequest, trigger: Trigger, at_ms: int, *, limits: Limits, on_busy: str) -> Submission:
+        """Put a deployment in the queue, durably, or return the one with the same id and body.
+
+        Raises `conflict` for the same id with another body, `busy` when the service's rules say so, `disk_full`.
+        """
+        if free_bytes(self._folder) < DISK_RESERVE_BYTES:
+            raise HookshotError("disk_full", f"less than {render_size(DISK_RESERVE_BYTES)} are free for {self._folder}; free some space")
+        return self._write(lambda db: self._submit(db, request, trigger, at_ms, limits, on_busy), durable=True)
+
+    def _submit(self, db: sqlite3.Connection, request: DeployRequest, trigger: Trigger, at_ms: int, limits: Limits,
+                on_busy: str) -> Submission:
+        if existing := self._find_same(db, request):
+            return Submission(existing, False, None)
+        counts = dict(db.execute("SELECT state, count(*) FROM deployments WHERE service=? AND state NOT IN "
+                                 f"({_TERMINAL_SQL}) GROUP BY state", (request.service,)).fetchall())
+        queued = counts.pop(State.QUEUED, 0)
+        superseded: tuple[Deployment, ...] = ()
+        if on_busy == "replace":
+            superseded = self._supersede(db, request.service, at_ms)
+            queued = 0
+        elif on_busy == "reject" and (queued or sum(counts.values()) >= limits.max_concurrent_per_service):
+            raise HookshotError("busy", f"service {request.service} is busy and does not queue (on_busy = \"reject\")")
+        if queued >= limits.max_queue_per_service:
+            raise HookshotError("busy", f"{queued} deployments of service {request.service} wait already")
+        deployment = new_deployment(request, trigger, request.deploy_id or new_deploy_id(at_ms), at_ms)
+        cursor = db.execute(
+            "INSERT INTO deployments (deploy_id, service, state, image, previous_image, metadata, env, trigger, digest, "
+            "idempotency_key, queued_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (deployment.deploy_id, deployment.service, deployment.state, deployment.image, deployment.previous_image,
+             json.dumps(deployment.metadata), json.dumps(deployment.env), json.dumps(trigger), deployment.digest,
+             deployment.idempotency_key, at_ms))
+        deployment = deployment._replace(seq=cursor.lastrowid or 0)
+        self._add_move(db, deployment, at_ms, "accepted")
+        # While the service is busy nobody need be woken: writes are serial, so whoever frees the place will find this row.
+        can_start = sum(counts.values()) < limits.max_concurrent_per_service
+        return Submission(deployment, True, queued + 1, superseded, can_start)
+
+    @staticmethod
+    def _find_same(db: sqlite3.Connection, request: DeployRequest) -> Deployment | None:
+        for column, value in (("deploy_id", request.deploy_id), ("idempotency_key", request.idempotency_key)):
+            row = value and db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE {column}=?", (value,)).fetchone()
+            if row:
+                existing = _deployment_of(row)
+                if existing.digest != request.digest:
+                    raise HookshotError("conflict", f"{column} {clip(value or '', 128)} belongs to another request; choose a new one")
+                return existing
+        return None
+
+    def _supersede(self, db: sqlite3.Connection, service: str, at_ms: int) -> tuple[Deployment, ...]:
+        rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE service=? AND state='Queued' ORDER BY seq", (service,)).fetchall()
+        return tuple(self._move(db, _deployment_of(row), Outcome.CANCELLED, "superseded by a newer deployment", at_ms) for row in rows)
+
+    # --- carrying out
+
+    def claim(self, at_ms: int, *, limits: Limits) -> Deployment | None:
+        """Take the oldest queued deployment that the limits let run, durably; None if there is none."""
+        return self._write(lambda db: self._claim(db, at_ms, limits), durable=True)
+
+    def _claim(self, db: sqlite3.Connection, at_ms: int, limits: Limits) -> Deployment | None:
+        active = db.execute(f"SELECT count(*) FROM deployments WHERE state IN ({_ACTIVE_SQL})").fetchone()[0]
+        if active >= limits.max_concurrent_total:
+            return None
+        row = db.execute(
+            f"SELECT {_COLUMNS} FROM deployments AS q WHERE state='Queued' AND (SELECT count(*) FROM deployments AS a "
+            f"WHERE a.service=q.service AND a.state IN ({_ACTIVE_SQL})) < ? ORDER BY seq LIMIT 1",
+            (limits.max_concurrent_per_service,)).fetchone()
+        if not row:
+            return None
+        queued = _deployment_of(row)
+        last_good = db.execute("SELECT current_image FROM services WHERE name=?", (queued.service,)).fetchone()
+        previous = choose_previous_image(queued.image, queued.previous_image, last_good and last_good[0])
+        return self._move(db, queued, Outcome.CLAIMED, "its turn has come", at_ms, started_ms=at_ms, previous_image=previous)
+
+    def move(self, deployment: Deployment, outcome: Outcome, reason: str, at_ms: int, **changes: Any) -> Deployment:
+        """Move a deployment on, as TRANSITIONS says, with changed fields; durable if it ends. Returns the new record."""
+        durable = advance(deployment.state, outcome) in TERMINAL
+        return self._write(lambda db: self._move(db, deployment, outcome, reason, at_ms, **changes), durable=durable)
+
+    def finish_and_claim(self, deployment: Deployment, outcome: Outcome, reason: str, at_ms: int, *, limits: Limits,
+                         **changes: Any) -> tuple[Deployment, Deployment | None]:
+        """End a deployment and take the next one in the same durable transaction: one fsync instead of two."""
+        def work(db: sqlite3.Connection) -> tuple[Deployment, Deployment | None]:
+            return self._move(db, deployment, outcome, reason, at_ms, **changes), self._claim(db, at_ms, limits)
+
+        return self._write(work, durable=True)
+
+    def _move(self, db: sqlite3.Connection, before: Deployment, outcome: Outcome, reason: str, at_ms: int, **changes: Any) -> Deployment:
+        after = before._replace(state=advance(before.state, outcome), **changes)
+        if after.is_terminal:
+            after = after._replace(completed_ms=at_ms, phase=None, current_step=None, pid=None, pid_started=None)
+        self._update(db, before, after)
+        self._add_move(db, after, at_ms, reason)
+        if after.is_terminal:
+            self._count(db, after)
+        return after
+
+    @staticmethod
+    def _update(db: sqlite3.Connection, before: Deployment, after: Deployment) -> None:
+        cursor = db.execute(_UPDATE, (
+            after.state, after.previous_image, after.started_ms, after.completed_ms, after.duration_ms, after.deploy_ms,
+            after.healthcheck_ms, after.rollback_ms, after.phase, after.step, after.steps_total, after.current_step,
+            after.command_no, after.pid, after.pid_started, after.error, after.failure_stage, after.rollback_reason,
+            after.recoveries, after.seq, before.state))
+        if cursor.rowcount != 1:
+            raise RuntimeError(f"deployment {before.deploy_id} is no longer {before.state}")
+
+    @staticmethod
+    def _add_move(db: sqlite3.Connection, deployment: Deployment, at_ms: int, reason: str) -> None:
+        db.execute("INSERT INTO moves (seq, n, state, at_ms, reason) SELECT ?1, count(*), ?2, ?3, ?4 FROM moves WHERE seq=?1",
+                   (deployment.seq, deployment.state, at_ms, reason))
+
+    @staticmethod
+    def _count(db: sqlite3.Connection, ended: Deployment) -> None:
+        db.execute("INSERT OR IGNORE INTO services (name) VALUES (?)", (ended.service,))
+        column = _COUNT_OF_STATE[ended.state]
+        db.execute(f"UPDATE services SET {column}={column}+1, last_deploy_id=?, last_status=?, last_completed_ms=? WHERE name=?",
+                   (ended.deploy_id, ended.state, ended.completed_ms, ended.service))
+        if ended.state is State.CANCELLED:
+            return
+        image = {State.SUCCEEDED: ended.image, State.ROLLED_BACK: ended.previous_image}.get(ended.state)
+        failed_ms = None if ended.state is State.SUCCEEDED else ended.completed_ms
+        db.execute("UPDATE services SET current_image=coalesce(?, current_image), last_failure_ms=coalesce(?, last_failure_ms), "
+                   "health=?, duration_ms=duration_ms+? WHERE name=?",
+                   (image, failed_ms, _HEALTH_OF_STATE[ended.state], ended.duration_ms or 0, ended.service))
+
+    def note_progress(self, deployment: Deployment) -> None:
+        """Record which command runs now, and as which process, so that a restart can find what is left of it."""
+        self._write(lambda db: self._update(db, deployment, deployment), durable=False)
+
+    def add_result(self, deployment: Deployment, result: Result) -> None:
+        """Record how a command or probe ended."""
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("INSERT INTO commands (seq, n, phase, step, name, command, attempt, status, exit_code, signal, started_ms, "
+                       "duration_ms, stdout, stderr, note, critical) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                       (deployment.seq, deployment.command_no, result.phase, result.step, result.name, result.command, result.attempt,
+                        result.status, result.exit_code, result.signal, result.started_ms, result.duration_ms, result.stdout,
+                        result.stderr, result.note, result.critical))
+            self._update(db, deployment, deployment._replace(pid=None, pid_started=None))
+
+        self._write(work, durable=False)
+
+    def expire(self, at_ms: int, *, lock_timeout_s: int) -> tuple[Deployment, ...]:
+        """Cancel what has waited in the queue for longer than lock_timeout; return it."""
+        oldest_ms = at_ms - lock_timeout_s * 1000
+        with self._reader() as db:
+            if not db.execute("SELECT 1 FROM deployments WHERE state='Queued' AND queued_ms < ? LIMIT 1", (oldest_ms,)).fetchone():
+                return ()
+
+        def work(db: sqlite3.Connection) -> tuple[Deployment, ...]:
+            rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE state='Queued' AND queued_ms < ?", (oldest_ms,)).fetchall()
+            reason = f"expired: it waited longer than lock_timeout ({lock_timeout_s} s) for its turn"
+            return tuple(self._move(db, _deployment_of(row), Outcome.CANCELLED, reason, at_ms, error=reason) for row in rows)
+
+        return self._write(work, durable=True)
+
+    # --- reading
+
+    def unfinished(self) -> tuple[Deployment, ...]:
+        """Return what was running when the last server ended, oldest first."""
+        return self._select(f"WHERE state IN ({_ACTIVE_SQL}) ORDER BY seq", ())
+
+    def get(self, deploy_id: str) -> Deployment | None:
+        """Return a deployment as it is on disk now."""
+        return next(iter(self._select("WHERE deploy_id=?", (deploy_id,))), None)
+
+    def history(self, *, service: str | None, state: str | None, before_seq: int | None, limit: int) -> tuple[Deployment, ...]:
+        """Return deployments, newest first, older than the one with `before_seq`."""
+        return self._select("WHERE (?1 IS NULL OR service=?1) AND (?2 IS NULL OR state=?2) AND seq < ?3 ORDER BY seq DESC LIMIT ?4",
+                            (service, state, before_seq or 1 << 62, limit))
+
+    def _select(self, clause: str, values: Sequence[Any]) -> tuple[Deployment, ...]:
+        with self._reader() as db:
+            return tuple(map(_deployment_of, db.execute(f"SELECT {_COLUMNS} FROM deployments {clause}", values).fetchall()))
+
+    def moves(self, deployment: Deployment) -> tuple[Move, ...]:
+        """Return the states a deployment went through."""
+        with self._reader() as db:
+            rows = db.execute("SELECT state, at_ms, reason FROM moves WHERE seq=? ORDER BY n", (deployment.seq,)).fetchall()
+        return tuple(Move(State(state), at_ms, reason) for state, at_ms, reason in rows)
+
+    def results(self, deployment: Deployment) -> tuple[Result, ...]:
+        """Return how its commands and probes ended."""
+        with self._reader() as db:
+            rows = db.execute("SELECT phase, step, name, command, attempt, status, exit_code, signal, started_ms, duration_ms, stdout, "
+                              "stderr, note, critical FROM commands WHERE seq=? ORDER BY n", (deployment.seq,)).fetchall()
+        return tuple(Result(Phase(row[0]), *row[1:13], critical=bool(row[13])) for row in rows)
+
+    def service_record(self, name: str) -> ServiceRecord:
+        """Return what is known of a service; zeros for one that never deployed."""
+        with self._reader() as db:
+            row = db.execute("SELECT name, current_image, last_deploy_id, last_status, last_completed_ms, health, succeeded, failed, "
+                             "rolled_back, rollback_failed, cancelled, duration_ms, last_failure_ms FROM services WHERE name=?",
+                             (name,)).fetchone()
+        return ServiceRecord(*row) if row else ServiceRecord(name)
+
+    def queue_counts(self) -> dict[str, dict[str, int]]:
+        """Return how many deployments wait and run, by service: {"web": {"queued": 2, "active": 1}}."""
+        counts: dict[str, dict[str, int]] = {}
+        with self._reader() as db:
+            rows = db.execute(f"SELECT service, state='Queued', count(*) FROM deployments WHERE state IN ('Queued', {_ACTIVE_SQL}) "
+                              "GROUP BY 1, 2").fetchall()
+        for service, is_queued, number in rows:
+            counts.setdefault(service, {"queued": 0, "active": 0})["queued" if is_queued else "active"] = number
+        return counts
+
+    def size_bytes(self) -> int:
+        """Return what the database takes on disk."""
+        sizes = (os.stat(self.path + suffix).st_size for suffix in ("", "-wal") if os.path.exists(self.path + suffix))
+        return sum(sizes)
+
+    def log_path(self, deployment: Deployment) -> str:
+        """Return the file of a deployment's log: named by our own number, never by anything a caller chose."""
+        return os.path.join(self.logs, f"{deployment.seq}.log")
+
+    # --- keeping house
+
+    def prune(self, service: str, retention: Retention, *, batch: int = 100) -> int:
+        """Remove up to `batch` deployments of a service beyond its retention, logs first; return how many."""
+        with self._reader() as db:
+            rows = db.execute(
+                "SELECT seq FROM (SELECT seq FROM deployments WHERE service=?1 AND state='Succeeded' ORDER BY seq DESC LIMIT -1 OFFSET ?2) "
+                "UNION ALL SELECT seq FROM (SELECT seq FROM deployments WHERE service=?1 AND state IN "
+                f"({_TERMINAL_SQL}) AND state<>'Succeeded' ORDER BY seq DESC LIMIT -1 OFFSET ?3) LIMIT ?4",
+                (service, retention.successful_deploys, retention.failed_deploys, batch)).fetchall()
+        for (seq,) in rows:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.logs, f"{seq}.log"))
+        if rows:
+            self._write(lambda db: db.executemany("DELETE FROM deployments WHERE seq=?", rows), durable=False)
+        return len(rows)
+
+    def known_services(self) -> tuple[str, ...]:
+        """Return every service that ever ended a deployment."""
+        with self._reader() as db:
+            return tuple(name for (name,) in db.execute("SELECT name FROM services ORDER BY name").fetchall())
+
+    def prune_logs(self, before_ms: int) -> int:
+        """Remove deployment logs last written before an instant; return how many."""
+        old = [entry.path for entry in os.scandir(self.logs) if entry.stat().st_mtime_ns // 1_000_000 < before_ms]
+        for path in old:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        return len(old)
+
+
+# === 14. SECRETS ======================================================================================================
+# Where keys come from: systemd credentials, a file, the environment, a command. Owns nothing; returns a Keyring.
+#
+# 1. A secret is never in a message: bad lines are told by number, secrets by name.
+# 2. What others could read or plant is refused: wrong mode, wrong owner, too short, a placeholder.
+# 3. Secrets in the environment are taken out of it at start, before anything else can inherit them.
+
+MIN_KEY_BYTES = 16
+GOOD_KEY_BYTES = 32
+_PREFIX_OF_HOOKSHOT_1 = "DEPLOY_RECEIVER_"
+# Variables of ours that configure the command line and are no secrets.
+_PLAIN_VARIABLES = frozenset({"HOOKSHOT_CONFIG", "HOOKSHOT_SERVICES", "HOOKSHOT_URL", "HOOKSHOT_KEY_FILE"})
+_SECRETS_COMMAND_TIMEOUT_S = 30
+
+
+class Keyring(NamedTuple):
+    """All secrets of this moment by name, and what masks them. Replaced whole, never changed."""
+
+    values: Mapping[str, bytes]
+    masker: Masker
+
+    def pick(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Return the named secrets that are there."""
+        return {name: self.values[name] for name in names if name in self.values}
+
+
+class SecretSurroundings(NamedTuple):
+    """What of the process's environment secrets may come from; taken once, at start."""
+
+    environment: Mapping[str, str]
+    credentials: str | None
+
+    @classmethod
+    def take(cls, environ: Any, prefix: str) -> "SecretSurroundings":
+        """Return the secrets in `environ` and remove them from it."""
+        prefix = prefix.rstrip("_") + "_"
+        found = {}
+        for name in [name for name in environ if name.startswith((prefix, _PREFIX_OF_HOOKSHOT_1)) and name not in _PLAIN_VARIABLES]:
+            found[name.removeprefix(prefix).removeprefix(_PREFIX_OF_HOOKSHOT_1).lower()] = environ.pop(name)
+        return cls(found, environ.get("CREDENTIALS_DIRECTORY"))
+
+
+def parse_secrets(text: str, place: Place) -> dict[str, bytes]:
+    """Return the secrets in key=value lines; a bad line is a problem told by its number."""
+    found: dict[str, bytes] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        name, equals, value = line.strip().partition("=")
+        name, value = name.strip(), value.strip()
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        here = place._replace(path=f"line {number}")
+        if not equals or not SECRET_NAME.fullmatch(name):
+            here.problem("is not key=value")
+        elif name in found:
+            here.problem("has a name that an earlier line has too")
+        elif value[:1] in "\"'" and value[:1] == value[-1:] and value:
+            here.problem("has a value in quotes; write it without them")
+        else:
+            found[name] = value.encode()
+    return found
+
+
+def _read_secrets_file(config: Secrets, surroundings: SecretSurroundings, place: Place) -> dict[str, bytes]:
+    place = place._replace(file=config.secrets_file, path="")
+    try:
+        descriptor = os.open(config.secrets_file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        if config.source != "auto":
+            place.problem("does not exist; create it with mode 0600, or run `hookshot init`")
+        return {}
+    except OSError as error:
+        place.problem(f"cannot be read: {error.strerror}")
+        return {}
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            place.problem("is not a regular file")
+        elif status.st_mode & 0o077:
+            place.problem(f"can be read by others (mode {stat.S_IMODE(status.st_mode):04o}); run chmod 600 on it")
+        elif status.st_uid not in (0, os.geteuid()):
+            place.problem(f"belongs to user {status.st_uid}; it must belong to root or to the server's user {os.geteuid()}")
+        else:
+            return parse_secrets(_decode_secrets(file.read(1 << 20), place), place)
+    return {}
+
+
+def _decode_secrets(content: bytes, place: Place) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        place.problem("is not UTF-8")
+        return ""
+
+
+def _read_systemd_credentials(config: Secrets, surroundings: SecretSurroundings, place: Place) -> dict[str, bytes]:
+    if not surroundings.credentials:
+        if config.source != "auto":
+            place.problem("source is systemd, but CREDENTIALS_DIRECTORY is not set; use LoadCredential= in the unit")
+        return {}
+    found = {}
+    try:
+        for entry in os.scandir(surroundings.credentials):
+            if SECRET_NAME.fullmatch(entry.name) and entry.is_file():
+                with open(entry.path, "rb") as file:
+                    # One newline: what `echo secret > file` adds. More would be part of the secret.
+                    found[entry.name] = file.read(1 << 16).removesuffix(b"\n")
+    except OSError as error:
+        place.problem(f"credentials cannot be read from {surroundings.credentials}: {error.strerror}")
+    return found
+
+
+def _read_environment_secrets(config: Secrets, surroundings: SecretSurroundings, place: Place) -> dict[str, bytes]:
+    return {name: value.encode() for name, value in surroundings.environment.items()}
+
+
+def _run_secrets_command(config: Secrets, surroundings: SecretSurroundings, place: Place) -> dict[str, bytes]:
+    place = place / "command"
+    if not config.command:
+        return {}
+    env = {name: value for name, value in os.environ.items() if SAFE_ENV.fullmatch(name)}
+    try:
+        done = subprocess.run(config.command, stdin=subprocess.DEVNULL, capture_output=True, env=env, timeout=_SECRETS_COMMAND_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        place.problem(f"did not end within {_SECRETS_COMMAND_TIMEOUT_S} s")
+    except OSError as error:
+        place.problem(f"cannot be started: {error.strerror}")
+    else:
+        if done.returncode == 0:
+            return parse_secrets(_decode_secrets(done.stdout, place), place._replace(path="secrets.command, output"))
+        place.problem(f"ended with status {done.returncode}; run it by hand to see why")
+    return {}
+
+
+_SECRET_SOURCES: dict[str, Callable[[Secrets, SecretSurroundings, Place], dict[str, bytes]]] = {
+    "systemd": _read_systemd_credentials, "file": _read_secrets_file, "env": _read_environment_secrets,
+    "command": _run_secrets_command}
+
+
+def load_keyring(config: Config, services: Services, surroundings: SecretSurroundings, file: str, problems: list[Problem]) -> Keyring:
+    """Return every secret that any source has; what is missing, weak or unreadable is added to `problems`."""
+    place = Place(file, "secrets", problems)
+    names = config.secrets.sources_priority if config.secrets.source == "auto" else config.secrets.source
+    if config.secrets.source == "auto" and config.secrets.command and "command" not in names:
+        names = (*names, "command")
+    values: dict[str, bytes] = {}
+    for name in names or ():
+        for secret, value in _SECRET_SOURCES[name](config.secrets, surroundings, place).items():
+            values.setdefault(secret, value)
+    _check_secrets(values, config, services, place)
+    return Keyring(values, Masker(values.values()))
+
+
+def _check_secrets(values: Mapping[str, bytes], config: Config, services: Services, place: Place) -> None:
+    wanted = {name: "secrets.required_secrets" for name in config.secrets.required_secrets or ()}
+    wanted |= {name: "security.hmac_keys" for name in config.security.hmac_keys or ()}
+    for service in services.by_name.values():
+        wanted |= {name: f"service {service.name}.security.hmac_keys" for name in (service.security and service.security.hmac_keys) or ()}
+    if config.security.read_access == "token":
+        wanted["read_token"] = 'security.read_access = "token"'
+    for name, wanted_by in wanted.items():
+        if name not in values:
+            place.problem(f"secret {name} is not found in any source; it is required by {wanted_by}")
+    for name in values.keys() & (wanted.keys() | {"read_token"}):
+        if problem := check_key(values[name]):
+            place.problem(f"secret {name} {problem}; make a new one with `hookshot keygen`")
+        elif len(values[name]) < GOOD_KEY_BYTES:
+            place.warning(f"secret {name} has only {len(values[name])} bytes; {GOOD_KEY_BYTES} or more are better")
+
+
+def check_key(value: bytes) -> str | None:
+    """Return why a value must not be used as a key, or None."""
+    if len(value.strip()) < MIN_KEY_BYTES:
+        return f"is shorter than {MIN_KEY_BYTES} bytes"
+    if len(set(value)) < 6 or re.search(rb"change.?me|your.?(secret|key)|example|placeholder|replace.?(me|this)", value, re.IGNORECASE):
+        return "is a placeholder, not a secret"
+    return None
+
+
+# === 15. RUN ==========================================================================================================
+# One process or probe: start it, keep its output, hold its deadline, end its whole group. Owns the running process.
+#
+# 1. Only the worker that started a process signals it; the leader is reaped last, so its group's number stays ours.
+# 2. Memory is bounded whatever a command prints: chunks go to the log at once, the tail of a flood is a short ring.
+# 3. The end of a command is its leader's exit, not the end of its pipes: a daemon may hold those for ever.
+
+# After the leader's exit, how long to wait for output of those it left behind; what was written before is there already.
+DRAIN_S = 0.5
+_CHUNK_BYTES = 1 << 16
+PREVIEW_BYTES = 10 << 10
+# A line longer than this is written in pieces, so that a stream without newlines is bounded too.
+_LINE_BYTES = 8 << 10
+_TAIL_BYTES = 256 << 10
+
+
+class StopToken:
+    """Asks one worker to stop what it runs; can be waited for, also in poll()."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK) if hasattr(os, "pipe2") else os.pipe()
+        self.reason: str | None = None
+
+    def fileno(self) -> int:
+        return self._read
+
+    def set(self, reason: str) -> None:
+        """Ask once: "shutdown" lets a command clean up, "now" kills it. Any thread."""
+        self.reason = reason
+        with contextlib.suppress(OSError):
+            os.write(self._write, b"!")
+
+    def wait(self, seconds: float) -> bool:
+        """Return whether it was asked within `seconds`."""
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
+        return bool(poll.poll(max(0.0, seconds) * 1000))
+
+    def close(self) -> None:
+        """Give the pipe back."""
+        os.close(self._read)
+        os.close(self._write)
+
+
+# As escape_controls, but a tab in a program's output is layout.
+_OUTPUT_ESCAPES = {code: escape for code, escape in _CONTROL_ESCAPES.items() if code not in (9, 10)}
+
+
+class DeploymentLog:
+    """The log file of one deployment: head, and the tail of what goes beyond max_output. One thread.
+
+    Writing never raises: a full disk costs lines of this log, not the deployment.
+    """
+
+    def __init__(self, path: str, limit_bytes: int):
+        self._limit = limit_bytes - min(_TAIL_BYTES, limit_bytes // 4)
+        self._tail_limit = limit_bytes - self._limit
+        self._tail: collections.deque[tuple[str, bytes]] = collections.deque()
+        self._tail_bytes = 0
+        self._cut_bytes = 0
+        self._lost = 0
+        self._descriptor = -1
+        self._size = 0
+        with contextlib.suppress(OSError):
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._size = os.fstat(self._descriptor).st_size
+
+    def note(self, phase: str, text: str) -> None:
+        """Write a line of the engine's own."""
+        self._add(f"{render_time(now_ms())} {phase} -- ", text.encode("utf-8", "replace") + b"\n")
+
+    def output(self, phase: str, stream: str, block: bytes) -> None:
+        """Write whole lines of a command's output, already masked."""
+        self._add(f"{render_time(now_ms())} {phase} {stream} ", block)
+
+    def close(self) -> None:
+        """Write what was kept of the end of a flood, and close the file; again is nothing."""
+        if self._tail:
+            self._write(f"{render_time(now_ms())} log -- {render_size(self._cut_bytes)} were cut here; the end follows\n")
+            _, first = self._tail[0]
+            skipped = first.find(b"\n") + 1 if self._cut_bytes else 0
+            for index, (prefix, block) in enumerate(self._tail):
+                self._write(_prefix_lines(prefix, block[skipped:] if index == 0 else block))
+            self._tail.clear()
+        if self._lost:
+            self._write(f"{render_time(now_ms())} log -- {self._lost} writes to this log failed; lines are missing\n")
+            self._lost = 0
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _add(self, prefix: str, block: bytes) -> None:
+        if not self._tail and self._size + len(block) <= self._limit:
+            self._write(_prefix_lines(prefix, block))
+            return
+        if not self._tail:
+            self._write(f"{render_time(now_ms())} log -- max_output is reached; the end of the output follows when the deployment ends\n")
+        self._tail.append((prefix, block))
+        self._tail_bytes += len(block)
+        while self._tail_bytes > self._tail_limit and len(self._tail) > 1:
+            dropped = len(self._tail.popleft()[1])
+            self._tail_bytes -= dropped
+            self._cut_bytes += dropped
+
+    def _write(self, text: str) -> None:
+        content = text.encode("utf-8", "replace")
+        self._size += len(content)
+        try:
+            os.write(self._descriptor, content)
+        except OSError:
+            self._lost += 1
+
+
+def _prefix_lines(prefix: str, block: bytes) -> str:
+    text = block.replace(b"\r\n", b"\n").decode("utf-8", "replace").removesuffix("\n")
+    if not text.isprintable():
+        text = text.translate(_OUTPUT_ESCAPES)
+    return prefix + text.replace("\n", "\n" + prefix) + "\n"
+
+
+class _Output:
+    """One stream of one command: masks it, hands whole lines to the log, keeps the last bytes for the record."""
+
+    def __init__(self, phase: str, stream: str, log: DeploymentLog, masker: Masker):
+        self._phase, self._stream, self._log, self._masker = phase, stream, log, masker
+        self._raw = b""
+        self._line = b""
+        self._preview = b""
+        self._is_cut = False
+
+    def feed(self, chunk: bytes) -> None:
+        """Take a chunk as it was read."""
+        raw = self._raw + chunk
+        # Mask first, judge the rest: a secret that lies whole in `raw` must not hold its own end back.
+        masked = self._masker.mask(raw)
+        safe = self._masker.safe_length(masked)
+        self._raw, masked = masked[safe:], masked[:safe]
+        self._keep(masked)
+        block = self._line + masked
+        end = block.rfind(b"\n") + 1
+        if len(block) - end > _LINE_BYTES:
+            end = _character_boundary(block, len(block))
+        if end:
+            self._log.output(self._phase, self._stream, block[:end])
+        self._line = block[end:]
+
+    def end(self) -> str:
+        """Flush what is left and return the preview for the record."""
+        rest = self._masker.mask(self._raw)
+        self._keep(rest)
+        if self._line + rest:
+            self._log.output(self._phase, self._stream, self._line + rest)
+        # A character may have been cut in two where the preview starts.
+        preview = self._preview.lstrip(bytes(range(0x80, 0xC0))) if self._is_cut else self._preview
+        return preview.decode("utf-8", "replace").replace("\0", "\\x00")
+
+    def _keep(self, content: bytes) -> None:
+        kept = self._preview + content[-PREVIEW_BYTES:]
+        self._is_cut = self._is_cut or len(self._preview) + len(content) > PREVIEW_BYTES
+        self._preview = kept[-PREVIEW_BYTES:]
+
+
+def _character_boundary(block: bytes, end: int) -> int:
+    """Return the last index up to `end` that does not cut a UTF-8 character in two."""
+    for back in range(1, min(4, end) + 1):
+        byte = block[end - back]
+        if byte >= 0xC0:
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return end if length <= back else end - back
+        if byte < 0x80:
+            return end
+    return end
+
+
+def _spawn(launch: Launch) -> "subprocess.Popen[bytes]":
+    account = launch.account
+    identity: dict[str, Any] = {"user": account.uid, "group": account.gid, "extra_groups": account.groups} if account else {}
+    return subprocess.Popen(
+        launch.argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=launch.env,
+        cwd=launch.cwd, umask=launch.umask, start_new_session=True, close_fds=True, **identity)
+
+
+def _spawn_nicely(launch: Launch) -> "subprocess.Popen[bytes]":
+    """Start a process with its niceness from its first instruction.
+
+    On Linux niceness belongs to a thread and its children inherit it (sched(7)), but an unprivileged thread cannot
+    take it back: so a thread of its own sets it, starts the process, and ends.
+    """
+    outcome: list[Any] = []
+
+    def start() -> None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + launch.nice)
+            outcome.append(_spawn(launch))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=start, name="spawn")
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _why_not_started(error: Exception, launch: Launch) -> str:
+    if not os.path.isdir(launch.cwd):
+        return f"could not start: its working directory {launch.cwd} does not exist"
+    if isinstance(error, FileNotFoundError):
+        return "could not start: the program is not found; check the name and PATH"
+    if isinstance(error, PermissionError) and launch.account and os.geteuid() != 0:
+        return f"could not start: only root can run commands as user {launch.account.name}"
+    if isinstance(error, PermissionError):
+        return "could not start: the program is not executable for this user"
+    return f"could not start: {getattr(error, 'strerror', None) or type(error).__name__}"
+
+
+class _Watch:
+    """Watches one running process until it and, where it must end, its group is over."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", outputs: Mapping[Any, _Output], stop: StopToken, deadline: float):
+        self._process, self._stop, self._deadline = process, stop, deadline
+        self._outputs = {pipe.fileno(): (pipe, output) for pipe, output in outputs.items()}
+        self._poll = select.poll()
+        for descriptor in (*self._outputs, stop.fileno()):
+            self._poll.register(descriptor, select.POLLIN)
+        # Where there is no pidfd (macOS), the exit is found by asking often.
+        self._pidfd = os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else -1
+        if self._pidfd >= 0:
+            self._poll.register(self._pidfd, select.POLLIN)
+        self._exited_at: float | None = None
+        self._kill_at: float | None = None
+        self.verdict: str | None = None
+
+    def run(self) -> None:
+        """Return when the leader has ended (not reaped), its output is read, and nobody who had to end is left."""
+        while not self._is_over():
+            self.turn()
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for pipe, _ in self._outputs.values():
+            pipe.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+
+    def turn(self) -> None:
+        """Wait for one thing to happen, and deal with it."""
+        for descriptor, _ in self._poll.poll(self._patience() * 1000):
+            if descriptor in self._outputs:
+                self._read(descriptor)
+            elif descriptor == self._pidfd:
+                self._note_exit()
+            elif self.verdict is None and self._exited_at is None:
+                self._terminate("stopped", at_once=self._stop.reason == "now")
+            elif self._stop.reason == "now" and self._kill_at is not None:
+                self._kill_at = 0.0
+                self._poll.unregister(descriptor)
+            else:
+                self._poll.unregister(descriptor)
+        if self._pidfd < 0 and self._process.poll() is not None:
+            self._note_exit()
+        now = time.monotonic()
+        if self.verdict is None and self._exited_at is None and now >= self._deadline:
+            self._terminate("timed_out", at_once=False)
+        if self._kill_at is not None and now >= self._kill_at:
+            _signal_group(self._process.pid, signal.SIGKILL)
+
+    def _read(self, descriptor: int) -> None:
+        pipe, output = self._outputs[descriptor]
+        if chunk := os.read(descriptor, _CHUNK_BYTES):
+            output.feed(chunk)
+            return
+        self._poll.unregister(descriptor)
+        del self._outputs[descriptor]
+        pipe.close()
+
+    def _note_exit(self) -> None:
+        if self._exited_at is None:
+            self._exited_at = time.monotonic()
+            if self._pidfd >= 0:
+                self._poll.unregister(self._pidfd)
+
+    def _terminate(self, verdict: str, *, at_once: bool) -> None:
+        self.verdict = verdict
+        _signal_group(self._process.pid, signal.SIGKILL if at_once else signal.SIGTERM)
+        self._kill_at = time.monotonic() + (0.0 if at_once else KILL_AFTER_S)
+
+    def _patience(self) -> float:
+        if self._exited_at is not None or self._pidfd < 0:
+            return 0.02
+        until = self._kill_at if self._kill_at is not None else self._deadline
+        return min(60.0, max(0.001, until - time.monotonic()))
+
+    def _is_over(self) -> bool:
+        if self._exited_at is None:
+            return False
+        if self.verdict is not None and is_group_alive(self._process.pid):
+            return False
+        return not self._outputs or time.monotonic() >= self._exited_at + DRAIN_S
+
+
+def run_command(launch: Launch, log: DeploymentLog, masker: Masker, stop: StopToken, on_start: Callable[[int], None]) -> Result:
+    """Run one command to its end and return what became of it. Blocks; the calling thread owns the process.
+
+    `on_start(pid)` is called once it runs. A stop or the deadline ends the whole process group.
+    """
+    started_ms, started = now_ms(), time.monotonic()
+    result = Result(phase=launch.phase, step=launch.step, name=launch.name, command=masker.mask_text(shlex.join(launch.argv)),
+                    attempt=launch.attempt, status="not_started", exit_code=None, signal=None, started_ms=started_ms, duration_ms=0)
+    try:
+        process = _spawn_nicely(launch) if launch.nice else _spawn(launch)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return result._replace(note=_why_not_started(error, launch))
+    assert process.stdout and process.stderr
+    out, err = _Output(launch.phase, "out", log, masker), _Output(launch.phase, "err", log, masker)
+    watch = _Watch(process, {process.stdout: out, process.stderr: err}, stop, started + launch.timeout_s)
+    try:
+        on_start(process.pid)
+        watch.run()
+    except BaseException:
+        _signal_group(process.pid, signal.SIGKILL)
+        raise
+    finally:
+        watch.close()
+        code = process.wait()
+    status = watch.verdict or ("succeeded" if code == 0 else "failed")
+    return result._replace(status=status, exit_code=code if code >= 0 else None, signal=-code if code < 0 else None,
+                           duration_ms=int((time.monotonic() - started) * 1000), stdout=out.end(), stderr=err.end())
+
+
+def run_check(check: HttpCheck | SocketCheck, step: int) -> Result:
+    """Probe an HTTP, TCP or unix address once, without any program. Blocks for at most its timeout."""
+    kind = "http" if isinstance(check, HttpCheck) else "unix" if check.port is None else "tcp"
+    target = check.url if isinstance(check, HttpCheck) else check.host if check.port is None else f"{check.host}:{check.port}"
+    started_ms, started = now_ms(), time.monotonic()
+    try:
+        note = _probe_http(check) if isinstance(check, HttpCheck) else _probe_socket(check)
+    except TimeoutError:
+        note = f"did not answer within {check.timeout_s:g} s"
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        note = f"failed: {getattr(error, 'strerror', None) or type(error).__name__}"
+    return Result(phase=Phase.HEALTHCHECK, step=step, name=kind, command=f"{kind} {target}", attempt=1,
+                  status="failed" if note else "succeeded", exit_code=None, signal=None, started_ms=started_ms,
+                  duration_ms=int((time.monotonic() - started) * 1000), note=note)
+
+
+def _probe_socket(check: SocketCheck) -> str:
+    if check.port is not None:
+        socket.create_connection((check.host, check.port), check.timeout_s).close()
+        return ""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(check.timeout_s)
+        client.connect(check.host)
+    return ""
+
+
+def _probe_http(check: HttpCheck) -> str:
+    parts = urllib.parse.urlsplit(check.url)
+    deadline = time.monotonic() + check.timeout_s
+    if parts.scheme == "https":
+        if not hasattr(http.client, "HTTPSConnection"):
+            return "failed: this Python has no ssl module"
+        client: http.client.HTTPConnection = http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=check.timeout_s)
+    else:
+        client = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=check.timeout_s)
+    with contextlib.closing(client):
+        client.request("GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")),
+                       headers={"User-Agent": f"hookshot/{__version__}", "Connection": "close"})
+        client.sock and client.sock.settimeout(max(0.001, deadline - time.monotonic()))
+        answer = client.getresponse()
+        body = b""
+        while check.contains is not None and len(body) < 1 << 16 and (piece := answer.read1(1 << 14)):
+            body += piece
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+    if answer.status != check.status:
+        return f"answered {answer.status}, not {check.status}"
+    if check.contains is not None and check.contains.encode() not in body:
+        return "answered without the expected text"
+    return ""
+
+
+# === 17. ENGINE =======================================================================================================
+# Carries deployments out: workers, recovery after a crash, draining at shutdown. Owns the workers.
+#
+# 1. One worker thread per running deployment; what may run is decided by STORE's claim alone.
+# 2. Every fact is stored first and published then. A deployment's record waits for a full disk to have room again.
+# 3. A worker that is stopped leaves the deployment in its state; the next start finds it there and recovers it.
+
+_RETRY_STORAGE_S = 1.0
+# No event is ever missed; this only bounds the harm if that were wrong.
+_IDLE_TURN_S = 30.0
+# Batches of one turn of the housekeeper; what is left waits for the next, so that deployments come first.
+_PRUNE_BATCHES = 10
+
+
+class Current(NamedTuple):
+    """The configuration and secrets in force; replaced whole, so a reference to it never changes under its reader."""
+
+    config: Config
+    services: Services
+    keyring: Keyring
+
+
+class Waiters:
+    """Lets threads wait for a deployment's end. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._events: dict[str, list[threading.Event]] = {}
+
+    @contextlib.contextmanager
+    def waiting_for(self, deploy_id: str) -> Iterator[threading.Event]:
+        """Give an event that is set when the deployment ends; look at its state after entering, before waiting."""
+        event = threading.Event()
+        with self._lock:
+            self._events.setdefault(deploy_id, []).append(event)
+        try:
+            yield event
+        finally:
+            with self._lock:
+                self._events[deploy_id].remove(event)
+                if not self._events[deploy_id]:
+                    del self._events[deploy_id]
+
+    def is_waited_for(self) -> bool:
+        """Return whether anyone waits."""
+        with self._lock:
+            return bool(self._events)
+
+    def tell(self, event: Event) -> None:
+        """Wake whoever waits for a deployment that has just ended."""
+        if isinstance(event, Moved) and event.deployment.is_terminal:
+            with self._lock:
+                for waiter in self._events.get(event.deployment.deploy_id, ()):
+                    waiter.set()
+
+
+class _Interrupted(Exception):
+    """The worker was asked to stop; the deployment stays as it is."""
+
+
+class _Job:
+    """One deployment in the hands of one worker, from its claim to its end."""
+
+    def __init__(self, engine: "Engine", deployment: Deployment, current: Current, stop: StopToken):
+        self._engine, self._store, self._publish = engine, engine.store, engine.publish
+        self._deployment, self._current, self._stop = deployment, current, stop
+        self._service = current.services.by_name.get(deployment.service)
+        self._log = DeploymentLog(engine.store.log_path(deployment), current.config.limits.max_output)
+        self._started = time.monotonic()
+        self._deadline = self._started + current.config.limits.deployment_timeout
+        self._phase_started = self._started
+        self._plan: Plan | None = None
+        self._next: Deployment | None = None
+
+    def carry_out(self, *, is_interrupted: bool = False) -> Deployment | None:
+        """Take the deployment to its end, and return the next one, claimed with that; _Interrupted if stopped."""
+        steps = {State.VALIDATING: self._validate, State.DEPLOYING: self._deploy, State.HEALTH_CHECKING: self._check_health,
+                 State.ROLLING_BACK: self._roll_back}
+        try:
+            if is_interrupted:
+                self._recover()
+            while self._deployment.state in steps:
+                steps[self._deployment.state]()
+        except _Interrupted:
+            self._log.note("engine", "stopped by the server's shutdown; the next start recovers it")
+            raise
+        except Exception as error:
+            # A bug must not leave a deployment without a worker: it would hold its service's place for ever.
+            self._publish(Broken(f"deployment {self._deployment.deploy_id}", error))
+            self._move(Outcome.FAILED_FOR_GOOD, "the server made a mistake; its log has more", error="internal error")
+        finally:
+            self._log.close()
+        return self._next
+
+    def _recover(self) -> None:
+        """Go on with a deployment that an earlier server left half-way, as its service's `recovery` says."""
+        deployment = self._deployment
+        self._log.note("engine", f"found half-way ({deployment.state}) after a restart")
+        self._make_plan()
+        recovery = self._service.recovery if self._service else "fail"
+        verdict = judge_interruption(deployment, recovery, can_roll_back=bool(self._plan and self._plan.can_roll_back))
+        self._deployment = deployment._replace(recoveries=deployment.recoveries + 1, pid=None, pid_started=None)
+        if verdict is None:
+            self._persist(lambda: self._store.note_progress(self._deployment))
+        elif verdict.outcome is Outcome.RETRIED:
+            self._move(Outcome.RETRIED, verdict.reason, phase=None, step=0, current_step=None)
+        elif deployment.state is State.ROLLING_BACK:
+            self._end(Outcome.FAILED_FOR_GOOD, f"{deployment.error}; {verdict.reason}")
+        else:
+            self._fail(verdict.reason, may_roll_back=recovery != "fail")
+
+    # --- the states, one method each
+
+    def _validate(self) -> None:
+        refusal = self._make_plan()
+        if refusal:
+            self._fail(refusal, may_roll_back=False)
+            return
+        assert self._plan
+        commands = self._plan.commands
+        self._log.note("engine", f"{self._deployment.service} {self._deployment.image} "
+                                 f"(previous image: {self._deployment.previous_image or 'none'})")
+        self._move(Outcome.PASSED, "", steps_total=len(commands[Phase.PRE_DEPLOY]) + len(commands[Phase.DEPLOY]))
+
+    def _make_plan(self) -> str | None:
+        """Work the plan out, or return why there is none."""
+        if not self._service:
+            return f"service {self._deployment.service} is no longer configured"
+        try:
+            account = find_account(self._service.user, self._service.group)
+            self._plan = build_plan(self._service, self._deployment, self._current.config.limits, self._engine.environ, account)
+        except (HookshotError, ValueError) as error:
+            return str(error)
+        return None
+
+    def _deploy(self) -> None:
+        plan = self._need_plan()
+        self._phase_started = time.monotonic()
+        failed = self._run_phase(Phase.PRE_DEPLOY)
+        if failed:
+            self._fail(f"pre_deploy: {failed.explain()}", may_roll_back=False, deploy_ms=self._phase_ms())
+            return
+        failed = self._run_phase(Phase.DEPLOY)
+        if failed:
+            self._fail(failed.explain(), deploy_ms=self._phase_ms())
+        elif plan.has_health:
+            self._move(Outcome.PASSED, "every command succeeded", deploy_ms=self._phase_ms())
+        else:
+            self._succeed(Outcome.PASSED_UNCHECKED, "every command succeeded; there is no health check", deploy_ms=self._phase_ms())
+
+    def _check_health(self) -> None:
+        self._phase_started = time.monotonic()
+        unhealthy = self._watch_health(self._deadline)
+        if unhealthy:
+            self._fail(unhealthy, healthcheck_ms=self._phase_ms())
+        else:
+            self._succeed(Outcome.PASSED, "healthy", healthcheck_ms=self._phase_ms())
+
+    def _succeed(self, outcome: Outcome, reason: str, **changes: Any) -> None:
+        failed = self._run_phase(Phase.POST_DEPLOY, status=State.SUCCEEDED)
+        if failed:
+            self._fail(f"post_deploy: {failed.explain()}", **changes)
+        else:
+            self._end(outcome, reason, **changes)
+
+    def _fail(self, reason: str, *, may_roll_back: bool = True, **changes: Any) -> None:
+        stage = self._deployment.phase or "validating"
+        changes |= {"error": reason, "failure_stage": stage}
+        if may_roll_back and self._plan and self._plan.can_roll_back:
+            self._move(Outcome.FAILED, reason, rollback_reason=reason, **changes)
+            return
+        refusal = self._plan.rollback_refusal if self._plan and may_roll_back else None
+        self._end(Outcome.FAILED_FOR_GOOD, reason + (f"; not rolled back: {refusal}" if refusal else ""), **changes)
+
+    def _roll_back(self) -> None:
+        plan = self._need_plan()
+        self._phase_started = time.monotonic()
+        self._deadline = self._phase_started + self._current.config.limits.deployment_timeout
+        self._log.note("engine", f"rolling back to {plan.previous_image}")
+        problem = None
+        for attempt in range(1, plan.rollback_attempts + 1):
+            failed = self._run_phase(Phase.ROLLBACK, attempt=attempt)
+            problem = failed.explain() if failed else None
+            if not problem:
+                break
+            self._log.note(Phase.ROLLBACK, f"attempt {attempt} of {plan.rollback_attempts} failed: {problem}")
+        if not problem and plan.has_health:
+            problem = self._watch_health(self._deadline)
+        if problem:
+            self._end(Outcome.FAILED_FOR_GOOD, f"{self._deployment.error}; the rollback failed too: {problem}", rollback_ms=self._phase_ms())
+        else:
+            self._end(Outcome.PASSED, f"back on {plan.previous_image}", rollback_ms=self._phase_ms())
+
+    # --- moving on
+
+    def _move(self, outcome: Outcome, reason: str, **changes: Any) -> None:
+        before = self._deployment
+        self._deployment = self._persist(lambda: self._store.move(before, outcome, reason, now_ms(), **changes))
+        self._announce(before, reason)
+
+    def _end(self, outcome: Outcome, reason: str, **changes: Any) -> None:
+        """Run the on_failure hooks if it failed, then make the last move; the next deployment comes with it."""
+        before = self._deployment
+        state = advance(before.state, outcome)
+        if state is not State.SUCCEEDED:
+            error = reason if state is not State.ROLLED_BACK else before.error or reason
+            changes.setdefault("error", error)
+            self._run_phase(Phase.ON_FAILURE, status=state, error=error)
+            before = self._deployment
+        at_ms = now_ms()
+        changes["duration_ms"] = self._duration_ms(at_ms)
+        self._log.note("engine", f"{state}: {reason}")
+        # Whoever follows the log ends when the deployment does: the last line has to be there by then.
+        self._log.close()
+        if self._engine.is_draining:
+            self._deployment = self._persist(lambda: self._store.move(before, outcome, reason, at_ms, **changes))
+        else:
+            limits = self._engine.current().config.limits
+            self._deployment, self._next = self._persist(
+                lambda: self._store.finish_and_claim(before, outcome, reason, at_ms, limits=limits, **changes))
+        self._announce(before, reason)
+        if self._next:
+            self._publish(Moved(self._next, State.QUEUED, "its turn has come"))
+
+    def _duration_ms(self, at_ms: int) -> int:
+        if self._deployment.recoveries:
+            # The monotonic clock of the server that began it is gone.
+            return max(0, at_ms - (self._deployment.started_ms or at_ms))
+        return int((time.monotonic() - self._started) * 1000)
+
+    def _announce(self, before: Deployment, reason: str) -> None:
+        self._publish(Moved(self._deployment, before.state, reason))
+
+    def _phase_ms(self) -> int:
+        return int((time.monotonic() - self._phase_started) * 1000)
+
+    def _need_plan(self) -> Plan:
+        assert self._plan, "a state beyond Validating has a plan"
+        return self._plan
+
+    def _persist(self, work: Callable[[], Any]) -> Any:
+        """Do a write of the record; while the disk is full or the database locked, wait until it succeeds."""
+        for tries in itertools.count():
+            try:
+                return work()
+            except HookshotError as error:
+                if tries == 0:
+                    self._publish(Trouble(f"deployment {self._deployment.deploy_id} waits to be recorded: {error.sentence}"))
+            if self._stop.wait(_RETRY_STORAGE_S):
+                raise _Interrupted
+
+    # --- running
+
+    def _run_phase(self, phase: Phase, *, attempt: int = 1, status: str = "", error: str = "") -> Result | None:
+        """Run a phase's commands until a critical one fails; return that failure, or None."""
+        commands = self._plan.commands[phase] if self._plan else ()
+        for command in commands:
+            result = self._run_with_retries(command, attempt, status, error)
+            if failed := judge([result]):
+                return failed
+        return None
+
+    def _run_with_retries(self, command: Command, attempt: int, status: str, error: str) -> Result:
+        for number in itertools.count(attempt):
+            result = self._run_once(command, number, status, error)
+            tries = number - attempt
+            if result.is_ok or tries >= command.retries or self._is_late():
+                return result
+            delay_s = retry_delay(command, tries + 1)
+            self._log.note(command.phase, f"{result.explain()}; trying again in {delay_s} s ({tries + 1} of {command.retries})")
+            self._sleep(min(delay_s, self._deadline - time.monotonic()))
+        raise AssertionError("unreachable")
+
+    def _is_late(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    def _run_once(self, command: Command, attempt: int, status: str, error: str) -> Result:
+        plan = self._need_plan()
+        # Hooks tell of a failure, so the deadline that may have caused it does not bind them.
+        is_hook_after = command.phase is Phase.ON_FAILURE
+        left_s = None if is_hook_after else max(0.0, self._deadline - time.monotonic())
+        launch = launch_of(plan, command, attempt, status=status, error=error, timeout_s=left_s)
+        number = self._deployment.command_no + 1
+        launch = launch._replace(env={**launch.env, "HOOKSHOT_COMMAND": str(number)})
+        self._deployment = self._deployment._replace(
+            phase=command.phase, step=command.step, steps_total=len(plan.commands[command.phase]), current_step=command.name,
+            command_no=number)
+        self._log.note(command.phase, f"step {command.step} of {len(plan.commands[command.phase])}: {command.name}")
+        if left_s is not None and left_s <= 0:
+            result = Result(command.phase, command.step, command.name, "", attempt, "timed_out", None, None, now_ms(), 0)
+        else:
+            result = run_command(launch, self._log, self._current.keyring.masker, self._stop, self._note_started)
+        if result.status == "stopped":
+            raise _Interrupted
+        return self._record(result._replace(critical=command.critical))
+
+    def _note_started(self, pid: int) -> None:
+        process = read_process(pid)
+        self._deployment = self._deployment._replace(pid=pid, pid_started=process and process.identity)
+        with contextlib.suppress(HookshotError):
+            # The disk may be full: then the command runs on unrecorded, and recovery finds it by its environment.
+            self._store.note_progress(self._deployment)
+
+    def _record(self, result: Result) -> Result:
+        self._log.note(result.phase, f"{result.name} succeeded in {render_duration(result.duration_ms)}" if result.is_ok
+                       else result.explain() + ("" if result.critical else "; it is not critical, so the deployment goes on"))
+        self._persist(lambda: self._store.add_result(self._deployment, result))
+        self._deployment = self._deployment._replace(pid=None, pid_started=None)
+        self._publish(CommandEnded(self._deployment, result))
+        return result
+
+    def _watch_health(self, deadline: float) -> str | None:
+        """Probe until the policy has a verdict; return why it is unhealthy, or None if it is healthy."""
+        policy = self._need_plan().health
+        progress, verdict, last = HealthProgress(), None, ""
+        self._log.note(Phase.HEALTHCHECK, f"up to {policy.max_attempts} probes, every {policy.interval_s} s; "
+                                          f"{policy.success_threshold} good ones in a row are healthy")
+        self._sleep(min(policy.initial_delay_s, max(0.0, deadline - time.monotonic())))
+        while verdict is None:
+            if time.monotonic() >= deadline:
+                return "the deployment's time was up before it was healthy (limits.deployment_timeout)"
+            failed = self._probe()
+            last = failed.explain() if failed else ""
+            progress, verdict = watch_health(policy, progress, failed is None)
+            self._log.note(Phase.HEALTHCHECK, f"probe {progress.attempts} of {policy.max_attempts}: {last or 'good'}")
+            if verdict is None:
+                self._sleep(min(policy.interval_s, max(0.0, deadline - time.monotonic())))
+        return None if verdict else f"health check failed: {last or 'too few good probes in a row'}"
+
+    def _probe(self) -> Result | None:
+        """Make every probe once, as long as they are good; return the one that was not."""
+        plan = self._need_plan()
+        for command in plan.commands[Phase.HEALTHCHECK]:
+            result = self._run_with_retries(command, 1, "", "")
+            if not result.is_ok and command.critical:
+                return result
+        for step, check in enumerate(plan.checks, len(plan.commands[Phase.HEALTHCHECK]) + 1):
+            self._deployment = self._deployment._replace(phase=Phase.HEALTHCHECK, step=step, command_no=self._deployment.command_no + 1,
+                                                         steps_total=len(plan.commands[Phase.HEALTHCHECK]) + len(plan.checks))
+            result = self._record(run_check(check, step))
+            if not result.is_ok:
+                return result
+        return None
+
+    def _sleep(self, seconds: float) -> None:
+        if seconds > 0 and self._stop.wait(seconds):
+            raise _Interrupted
+
+
+class Engine:
+    """The workers and what they share. start(), then stop(); every other method from any thread."""
+
+    def __init__(self, store: Store, current: Callable[[], Current], publish: Publish, environ: Mapping[str, str]):
+        self.store, self.current, self.publish = store, current, publish
+        self.environ = dict(environ)
+        self.is_draining = False
+        self._wakeup = threading.Condition()
+        # One hint is one look at the queue. Writes are serial, so a deployment that can start is seen either by the
+        # worker that frees its place (finish_and_claim) or by the submit that queued it, which then leaves a hint.
+        self._hints = 0
+        self._interrupted: collections.deque[Deployment] = collections.deque()
+        self._workers: list[tuple[threading.Thread, StopToken]] = []
+        self._untidy: set[str] = set()
+        self._logs_pruned = 0.0
+
+    # --- what callers see
+
+    def submit(self, request: DeployRequest, trigger: Trigger, on_busy: str) -> Submission:
+        """Queue a checked request; when this returns it is on disk."""
+        if self.is_draining:
+            raise HookshotError("shutting_down", "the server is shutting down; try again when it is back")
+        submission = self.store.submit(request, trigger, now_ms(), limits=self.current().config.limits, on_busy=on_busy)
+        if submission.can_start:
+            self.wake()
+        self.publish(Accepted(submission.deployment, submission.created))
+        for deployment in submission.superseded:
+            self.publish(Moved(deployment, State.QUEUED, "superseded by a newer deployment"))
+        return submission
+
+    def wake(self, *, everyone: bool = False) -> None:
+        """Let an idle worker (or every one) look for work."""
+        with self._wakeup:
+            self._hints = len(self._workers) if everyone else self._hints + 1
+            self._wakeup.notify(self._hints)
+
+    def note(self, event: Event) -> None:
+        """Take notice of what has ended: its service may have more history than it should keep."""
+        if isinstance(event, Moved) and event.deployment.is_terminal:
+            self._untidy.add(event.deployment.service)
+
+    def alive_workers(self) -> int:
+        """Return how many workers there are."""
+        return sum(thread.is_alive() for thread, _ in self._workers)
+
+    # --- life
+
+    def recover(self) -> None:
+        """End what a dead server left running, and line its deployments up for the workers. Before start()."""
+        left = self.store.unfinished()
+        if not left:
+            return
+        self.publish(Noted("recovery", f"{len(left)} deployment{'s were' if len(left) > 1 else ' was'} interrupted and will be recovered"))
+        groups = find_leftovers(left)
+        if groups:
+            self.publish(Noted("recovery", f"ending what is left of them: process group{'s' * (len(groups) > 1)} {', '.join(map(str, groups))}"))
+            end_groups(groups)
+        self._interrupted.extend(left)
+
+    def start(self) -> None:
+        """Start the workers."""
+        self._untidy.update(self.store.known_services())
+        for number in range(1, self.current().config.server.worker_threads + 1):
+            stop = StopToken()
+            thread = threading.Thread(target=self._work, args=(stop,), name=f"worker-{number}", daemon=True)
+            self._workers.append((thread, stop))
+            thread.start()
+        self.wake(everyone=True)
+
+    def drain(self) -> None:
+        """Take no new deployment; what runs goes on."""
+        self.is_draining = True
+        self.wake(everyone=True)
+
+    def join(self, seconds: float) -> bool:
+        """Wait for the workers after drain(); return whether all have ended."""
+        deadline = time.monotonic() + seconds
+        for thread, _ in self._workers:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return self.alive_workers() == 0
+
+    def stop(self, reason: str) -> None:
+        """Stop what runs: "shutdown" gives it KILL_AFTER_S to clean up, "now" none. It is left for recovery."""
+        for thread, stop in self._workers:
+            if thread.is_alive():
+                stop.set(reason)
+
+    # --- one worker
+
+    def _work(self, stop: StopToken) -> None:
+        deployment: Deployment | None = None
+        while True:
+            try:
+                deployment = self.turn(stop, deployment)
+            except _Interrupted:
+                return
+            except HookshotError as error:
+                deployment = None
+                self.publish(Trouble(f"the queue cannot be read: {error.sentence}"))
+                if stop.wait(_RETRY_STORAGE_S):
+                    return
+            except Exception as error:
+                deployment = None
+                self.publish(Broken(threading.current_thread().name, error))
+                if stop.wait(_RETRY_STORAGE_S):
+                    return
+            if deployment is None and self.is_draining:
+                return
+
+    def turn(self, stop: StopToken, deployment: Deployment | None = None) -> Deployment | None:
+        """Carry out one deployment: the given one, an interrupted one, or the next in the queue; return its successor."""
+        if deployment is None and not self.is_draining:
+            with contextlib.suppress(IndexError):
+                return _Job(self, self._interrupted.popleft(), self.current(), stop).carry_out(is_interrupted=True)
+            deployment = self._claim()
+        if deployment is None:
+            self._rest()
+            return None
+        return _Job(self, deployment, self.current(), stop).carry_out()
+
+    def _claim(self) -> Deployment | None:
+        deployment = self.store.claim(now_ms(), limits=self.current().config.limits)
+        if deployment:
+            self.publish(Moved(deployment, State.QUEUED, "its turn has come"))
+        return deployment
+
+    def _rest(self) -> None:
+        with self._wakeup:
+            if not self._hints and not self.is_draining:
+                self._wakeup.wait(_IDLE_TURN_S)
+            self._hints = max(0, self._hints - 1)
+
+    # --- keeping house
+
+    def keep_house(self) -> None:
+        """Expire what waited too long, remove what is beyond its retention, a batch at a time."""
+        config = self.current().config
+        for deployment in self.store.expire(now_ms(), lock_timeout_s=config.limits.lock_timeout):
+            self.publish(Moved(deployment, State.QUEUED, deployment.error or "expired"))
+        for service in [self._untidy.pop() for _ in range(len(self._untidy))]:
+            for _ in range(_PRUNE_BATCHES):
+                if not self.store.prune(service, config.storage.retention):
+                    break
+            else:
+                self._untidy.add(service)
+        if time.monotonic() - self._logs_pruned > 3600 or not self._logs_pruned:
+            self._logs_pruned = time.monotonic()
+            self.store.prune_logs(now_ms() - config.storage.retention.log_days * 86_400_000)
+
+
+def find_leftovers(deployments: Iterable[Deployment]) -> list[int]:
+    """Return the process groups that interrupted deployments left running.
+
+    A group is a deployment's if its leader is the recorded process (same pid, same start time), or if a member carries
+    the deployment's id and the number of a command that was started when the server died: one that is recorded as
+    running, or a later one that the server had no time to record. A daemon that an earlier command left is let be.
+    """
+    by_id = {deployment.deploy_id.encode(): deployment for deployment in deployments}
+    by_pid = {deployment.pid: deployment for deployment in by_id.values() if deployment.pid}
+    groups = set()
+    for process in list_processes():
+        recorded = by_pid.get(process.pid)
+        if recorded and recorded.pid_started == process.identity:
+            groups.add(process.pgid)
+            continue
+        environment = read_environment(process.pid)
+        deployment = by_id.get(environment.get(b"HOOKSHOT_DEPLOY_ID", b""))
+        number = environment.get(b"HOOKSHOT_COMMAND", b"")
+        if deployment and number.isdigit() and (process.pgid == deployment.pid or int(number) > deployment.command_no):
+            groups.add(process.pgid)
+    return sorted(groups - {os.getpgrp()})
+
+
+# === 18. API ==========================================================================================================
+# What each route does: gates, then a handler (app, request) -> Response. Owns the rate limiter and the health report.
+#
+# 1. ROUTES is the one table: 404, 405 with Allow, and docs/api.md come from it.
+# 2. Gates run in this order: address, rate, signature or token, handler. Nothing is stored before they passed.
+# 3. A caller without a right signature learns nothing: an unknown service and a wrong key give the same answer.
+# 4. Answers say what the database says; nothing is made up and no history is scanned.
+
+MAX_WAIT_S = 3600
+_FOLLOW_PAUSE_S = 0.1
+_HEARTBEAT_S = 15.0
+_PREVIEW_CHARS = 200
+_MAX_TAIL_LINES = 100_000
+# Headers that only a proxy adds: a request with one of them did not come straight from a user of this host.
+_FORWARDING_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+
+
+class RateLimiter:
+    """A token bucket per address, IPv6 by /64; the least recently seen is forgotten first. Any thread."""
+
+    _MAX_ADDRESSES = 10_000
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._buckets: collections.OrderedDict[object, tuple[float, float]] = collections.OrderedDict()
+
+    def admit(self, address: Any, now_s: float, *, per_minute: int) -> float:
+        """Return 0 if the request may pass, else the seconds until the next one may."""
+        if not per_minute:
+            return 0.0
+        key = address if getattr(address, "version", 4) == 4 else int(address) >> 64
+        with self._lock:
+            tokens, seen_s = self._buckets.pop(key, (float(per_minute), now_s))
+            tokens = min(float(per_minute), tokens + (now_s - seen_s) * per_minute / 60)
+            admitted = tokens >= 1
+            self._buckets[key] = (tokens - admitted, now_s)
+            if len(self._buckets) > self._MAX_ADDRESSES:
+                self._buckets.popitem(last=False)
+        return 0.0 if admitted else (1 - tokens) * 60 / per_minute
+
+
+class App:
+    """What handlers may touch."""
+
+    def __init__(self, store: Store, engine: Engine, current: Callable[[], Current], waiters: Waiters, publish: Publish):
+        self.store, self.engine, self.current, self.waiters, self.publish = store, engine, current, waiters, publish
+        self.is_ready = False
+        self.is_closing = False
+        self.started = time.monotonic()
+        self.limiter = RateLimiter()
+        self.health_report: tuple[float, dict[str, Any]] | None = None
+
+
+Handler = Callable[[App, Request], Response]
+
+
+class Route(NamedTuple):
+    """One row of ROUTES; `gate` is "open", "read" or "signature"."""
+
+    method: str
+    pattern: str
+    gate: str
+    handler: Handler
+    doc: str
+
+
+def answer(status: int, document: object, *headers: tuple[str, str]) -> Response:
+    """Return a JSON answer."""
+    return Response(status, render_json(document), headers=headers)
+
+
+def answer_error(error: HookshotError, request_id: str, *headers: tuple[str, str]) -> Response:
+    """Return the problem+json answer of an error."""
+    if error.retry_after_s is not None:
+        headers += (("Retry-After", str(error.retry_after_s)),)
+    if error.kind.http == 401:
+        headers += (("WWW-Authenticate", 'Bearer realm="hookshot", HMAC-SHA256 realm="hookshot", header="X-Hub-Signature-256"'),)
+    return Response(error.kind.http, render_problem(error, request_id, now_ms()), "application/problem+json", headers)
+
+
+# --- gates
+
+
+def client_address(request: Request, trusted: Sequence[Network]) -> Any:
+    """Return the client's address: the peer's, or what trusted proxies say (walked from the right); None if unreadable."""
+    address = parse_address(request.peer)
+    if not is_in(address, trusted):
+        return address
+    for text in reversed(_forwarded_for(request.headers)):
+        address = parse_address(text)
+        if not is_in(address, trusted):
+            return address
+    return address
+
+
+def _forwarded_for(headers: Mapping[str, str]) -> list[str]:
+    if "forwarded" in headers:
+        pairs = (pair.strip().partition("=") for element in headers["forwarded"].split(",") for pair in element.split(";"))
+        return [value for name, _, value in pairs if name.lower() == "for"]
+    return headers["x-forwarded-for"].split(",") if "x-forwarded-for" in headers else []
+
+
+def _is_local(request: Request) -> bool:
+    """Return whether a request comes straight from this host.
+
+    The Host header must name this host too: a web page whose name was made to resolve to 127.0.0.1 (DNS rebinding)
+    sends its own name.
+    """
+    peer = parse_address(request.peer)
+    host = request.headers.get("host", "")
+    host_address = parse_address(host)
+    names_us = host.partition(":")[0].lower() == "localhost" or (host_address is not None and host_address.is_loopback)
+    return peer is not None and peer.is_loopback and names_us and not any(name in request.headers for name in _FORWARDING_HEADERS)
+
+
+def admit(app: App, request: Request) -> None:
+    """Let a request in by its head alone, before its body is read: address, then rate."""
+    security = app.current().config.security
+    address = client_address(request, security.trusted_proxies)
+    if security.allowed_ips and not is_in(address, security.allowed_ips):
+        raise HookshotError("access_denied", "this address may not use the server")
+    route, _ = find_route(request.method, request.path, app.current().config)
+    if route and route.gate == "open":
+        return
+    wait_s = app.limiter.admit(address, time.monotonic(), per_minute=security.rate_limit)
+    if wait_s:
+        raise HookshotError("rate_limited", "too many requests from this address; slow down", retry_after_s=int(wait_s) + 1)
+
+
+def _check_read_access(app: App, request: Request) -> None:
+    current = app.current()
+    mode = current.config.security.read_access
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    token = current.keyring.values.get("read_token")
+    has_token = token is not None and scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token)
+    if not (mode == "open" or has_token or (mode == "local" and _is_local(request))):
+        raise HookshotError("authentication", "reading needs the bearer token (secret read_token)"
+                            + (" or a request from this host itself" if mode == "local" else ""))
+
+
+def find_route(method: str, path: str, config: Config) -> tuple[Route | None, tuple[str, ...]]:
+    """Return the route of a request, and the methods that its path has (none: 404)."""
+    path = "/health" if path == config.monitoring.health_path else "" if path == "/health" else path
+    segments = path.split("/")
+    rows = [route for route in ROUTES if _matches_pattern(route.pattern, segments)]
+    methods = tuple(sorted({name for route in rows for name in (route.method, *(["HEAD"] if route.method == "GET" else []))}))
+    wanted = "GET" if method == "HEAD" else method
+    return next((route for route in rows if route.method == wanted), None), methods
+
+
+def _matches_pattern(pattern: str, segments: Sequence[str]) -> bool:
+    parts = pattern.split("/")
+    return len(parts) == len(segments) and all(part == segment or (part[:1] == "{" and segment) for part, segment in zip(parts, segments))
+
+
+def dispatch(app: App, request: Request) -> Response:
+    """Return the answer to an admitted request. Never raises."""
+    try:
+        route, methods = find_route(request.method, request.path, app.current().config)
+        if not methods:
+            raise HookshotError("not_found", "there is nothing at this path")
+        if not route:
+            error = HookshotError("method_not_allowed", f"this path knows only {', '.join(methods)}")
+            report_refusal(app, request, error)
+            return answer_error(error, request.request_id, ("Allow", ", ".join(methods)))
+        if route.gate == "read":
+            _check_read_access(app, request)
+        return route.handler(app, request)
+    except HookshotError as error:
+        report_refusal(app, request, error)
+        return answer_error(error, request.request_id)
+    except Exception as error:
+        app.publish(Broken(f"request {request.request_id}", error))
+        return answer_error(HookshotError("internal", "the server made a mistake; its log has more under this request_id"), request.request_id)
+
+
+def report_refusal(app: App, request: Request, error: HookshotError) -> None:
+    """Publish that a request was refused; the path without its query, which may hold anything."""
+    address = client_address(request, app.current().config.security.trusted_proxies)
+    app.publish(Refused(request.request_id, str(address), request.method, request.path, error.kind.code, error.sentence))
+
+
+# --- deploying
+
+
+def handle_deploy(app: App, request: Request) -> Response:
+    """POST /deploy"""
+    current = app.current()
+    verified = verify(request.body, request.headers.get(SIGNATURE_HEADER), _signing_keys(current))
+    _check_media_type(request)
+    deploy = parse_deploy(verified, request.headers.get("idempotency-key"))
+    wait_s = parse_wait(request.query, request.headers.get("prefer"))
+    service = _service_for(current, deploy)
+    check_request(service, deploy)
+    trigger = Trigger(str(client_address(request, current.config.security.trusted_proxies)), deploy.key_id,
+                      _plain_text(request.headers.get("user-agent")), request.request_id)
+    draft = new_deployment(deploy, trigger, deploy.deploy_id or new_deploy_id(now_ms()), now_ms())
+    if deploy.dry_run:
+        return _answer_plan(app, service, draft)
+    build_plan(service, draft, current.config.limits, {}, None)
+    submission = app.engine.submit(deploy, trigger, service.on_busy or "queue")
+    if wait_s is None and current.config.server.deploy_response == "completed":
+        wait_s = MAX_WAIT_S
+    return _answer_submission(app, request, submission, wait_s)
+
+
+def _signing_keys(current: Current) -> dict[str, bytes]:
+    names = [*current.config.security.hmac_keys]
+    for service in current.services.by_name.values():
+        names += service.security.hmac_keys
+    return current.keyring.pick(names)
+
+
+def _service_for(current: Current, deploy: DeployRequest) -> Service:
+    """Return the service, if the key that signed may deploy it."""
+    service = current.services.by_name.get(deploy.service)
+    if deploy.key_id not in current.config.security.hmac_keys and not (service and deploy.key_id in service.security.hmac_keys):
+        raise HookshotError("authentication", "the signature is missing or wrong")
+    if not service:
+        raise HookshotError("service_not_found", f"there is no service {deploy.service}")
+    return service
+
+
+def _check_media_type(request: Request) -> None:
+    media_type, _, parameters = request.headers.get("content-type", "application/json").partition(";")
+    if media_type.strip().lower() != "application/json" or parameters.strip().lower().replace('"', "") not in ("", "charset=utf-8"):
+        raise HookshotError("media_type", "the body must be application/json in UTF-8")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise HookshotError("media_type", "the body must not be compressed")
+
+
+def _plain_text(text: str | None) -> str | None:
+    return None if text is None else clip(escape_controls(text), 200)
+
+
+def _answer_plan(app: App, service: Service, draft: Deployment) -> Response:
+    last_good = app.store.service_record(service.name).current_image
+    draft = draft._replace(previous_image=choose_previous_image(draft.image, draft.previous_image, last_good))
+    try:
+        account = find_account(service.user, service.group)
+    except ValueError as error:
+        raise HookshotError("validation", str(error)) from None
+    plan = build_plan(service, draft, app.current().config.limits, app.engine.environ, account)
+    document = render_json({"deploy_id": draft.deploy_id, **render_plan(plan)})
+    return Response(200, app.current().keyring.masker.mask(document))
+
+
+def _urls(deployment: Deployment) -> dict[str, str]:
+    return {"status_url": f"/status/{deployment.deploy_id}", "log_url": f"/logs/{deployment.deploy_id}"}
+
+
+def _answer_submission(app: App, request: Request, submission: Submission, wait_s: int | None) -> Response:
+    deployment = submission.deployment
+    applied = (("Preference-Applied", f"wait={wait_s}"), ("Vary", "Prefer")) if wait_s is not None and "prefer" in request.headers else ()
+    if wait_s is not None and not deployment.is_terminal:
+        deployment = _wait_for_end(app, request, deployment, min(wait_s, MAX_WAIT_S))
+    if deployment.is_terminal and (wait_s is not None or not submission.created):
+        return _answer_end(deployment, is_repeat=not submission.created and wait_s is None, headers=applied)
+    document = {"deploy_id": deployment.deploy_id, "service": deployment.service, "status": deployment.state, "image": deployment.image,
+                "position": submission.position, **_urls(deployment)}
+    location = ("Location", f"/status/{deployment.deploy_id}")
+    return answer(202 if submission.created or wait_s is not None else 200, document, location, *applied)
+
+
+def _wait_for_end(app: App, request: Request, deployment: Deployment, seconds: int) -> Deployment:
+    """Return the deployment as it is when it ended, time is up, the client has gone, or the server closes."""
+    deadline = time.monotonic() + seconds
+    with app.waiters.waiting_for(deployment.deploy_id) as ended:
+        latest = app.store.get(deployment.deploy_id) or deployment
+        while not latest.is_terminal and not app.is_closing and (left_s := deadline - time.monotonic()) > 0:
+            if ended.wait(min(left_s, 1.0)) or left_s <= 1.0:
+                latest = app.store.get(deployment.deploy_id) or deployment
+            elif request.is_gone():
+                break
+    return latest
+
+
+def _answer_end(deployment: Deployment, *, is_repeat: bool, headers: tuple[tuple[str, str], ...]) -> Response:
+    document: dict[str, Any] = {
+        "deploy_id": deployment.deploy_id, "service": deployment.service, "status": deployment.state, "image": deployment.image,
+        "started_at": render_time(deployment.started_ms), "completed_at": render_time(deployment.completed_ms),
+        "duration_seconds": None if deployment.duration_ms is None else deployment.duration_ms / 1000, **_urls(deployment)}
+    if deployment.state is State.ROLLED_BACK:
+        document |= {"attempted_image": deployment.image, "current_image": deployment.previous_image, "error": deployment.error,
+                     "rollback_reason": deployment.rollback_reason}
+    elif deployment.state in (State.FAILED, State.ROLLBACK_FAILED):
+        document |= {"error": deployment.error, "failure_stage": deployment.failure_stage, "failure_detail": deployment.error,
+                     "requires_intervention": deployment.state is State.ROLLBACK_FAILED}
+    elif deployment.state is State.CANCELLED:
+        document["error"] = deployment.error or "cancelled before it ran"
+    failed = deployment.state in (State.FAILED, State.ROLLBACK_FAILED)
+    # A repeated request is told what became of the first; its own handling did not fail.
+    return answer(500 if failed and not is_repeat else 200, document, ("Location", f"/status/{deployment.deploy_id}"), *headers)
+
+
+# --- reading
+
+
+def _last_segment(request: Request) -> str:
+    return request.path.rpartition("/")[2]
+
+
+def _deployment_of_path(app: App, request: Request) -> Deployment:
+    deploy_id = _last_segment(request)
+    deployment = app.store.get(deploy_id) if DEPLOY_ID.fullmatch(deploy_id) else None
+    if not deployment:
+        raise HookshotError("deployment_not_found", f"there is no deployment {clip(escape_controls(deploy_id), 128)}; it may be beyond its retention")
+    return deployment
+
+
+def handle_status(app: App, request: Request) -> Response:
+    """GET /status/{id}"""
+    deployment = _deployment_of_path(app, request)
+    return answer(200, _render_record(deployment, app.store.moves(deployment), app.store.results(deployment)))
+
+
+def _render_record(deployment: Deployment, moves: Sequence[Move], results: Sequence[Result]) -> dict[str, Any]:
+    rolled = {State.ROLLED_BACK: True, State.ROLLBACK_FAILED: False}
+    attempted = any(move.state is State.ROLLING_BACK for move in moves)
+    return {
+        "deploy_id": deployment.deploy_id, "service": deployment.service, "status": deployment.state, "image": deployment.image,
+        "previous_image": deployment.previous_image,
+        "progress": {"phase": deployment.phase, "steps_completed": max(0, deployment.step - 1) if deployment.phase else 0,
+                     "steps_total": deployment.steps_total, "current_step": deployment.current_step},
+        "timings": {"queued_at": render_time(deployment.queued_ms), "started_at": render_time(deployment.started_ms),
+                    "completed_at": render_time(deployment.completed_ms), "duration_ms": deployment.duration_ms,
+                    "queue_time_ms": deployment.queue_ms, "deploy_time_ms": deployment.deploy_ms,
+                    "healthcheck_time_ms": deployment.healthcheck_ms, "rollback_time_ms": deployment.rollback_ms},
+        "state_transitions": [{"state": move.state, "at": render_time(move.at_ms), "reason": move.reason} for move in moves],
+        "commands": [_render_result(result) for result in results],
+        "rollback": {"attempted": attempted, "reason": deployment.rollback_reason, "succeeded": rolled.get(deployment.state)},
+        "error": deployment.error, "failure_stage": deployment.failure_stage, "metadata": deployment.metadata,
+        "triggered_by": deployment.trigger._asdict(), "recoveries": deployment.recoveries,
+        "status_url": f"/status/{deployment.deploy_id}", "logs_url": f"/logs/{deployment.deploy_id}"}
+
+
+def _render_result(result: Result) -> dict[str, Any]:
+    preview = (result.stderr if not result.is_ok and result.stderr else result.stdout).strip()
+    return {"phase": result.phase, "step": result.step, "name": result.name, "command": result.command, "status": result.status,
+            "exit_code": result.exit_code, "signal": result.signal, "timed_out": result.status == "timed_out", "attempt": result.attempt,
+            "critical": result.critical, "note": result.note or None, "started_at": render_time(result.started_ms),
+            "duration_ms": result.duration_ms, "output_preview": preview[-_PREVIEW_CHARS:], "stdout": result.stdout, "stderr": result.stderr}
+
+
+def _parse_number_parameter(query: Mapping[str, str], name: str, low: int, high: int, default: int) -> int:
+    text = query.get(name, str(default))
+    if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:
+        raise HookshotError("validation", f"{name}: {clip(escape_controls(text), 40)} is not a number from {low} to {high}")
+    return int(text)
+
+
+def handle_deployments(app: App, request: Request) -> Response:
+    """GET /deployments"""
+    limit = _parse_number_parameter(request.query, "limit", 1, 200, 50)
+    before = _parse_number_parameter(request.query, "cursor", 1, 10**18 - 1, 10**18 - 1)
+    state = request.query.get("status")
+    if state is not None and state not in list(State):
+        raise HookshotError("validation", f"status: {clip(escape_controls(state), 40)} is not one of {', '.join(State)}")
+    found = app.store.history(service=request.query.get("service"), state=state, before_seq=before, limit=limit + 1)
+    return answer(200, {"deployments": [_render_summary(deployment) for deployment in found[:limit]],
+                        "next_cursor": str(found[limit - 1].seq) if len(found) > limit else None})
+
+
+def _render_summary(deployment: Deployment) -> dict[str, Any]:
+    return {"deploy_id": deployment.deploy_id, "service": deployment.service, "status": deployment.state, "image": deployment.image,
+            "previous_image": deployment.previous_image, "queued_at": render_time(deployment.queued_ms),
+            "started_at": render_time(deployment.started_ms), "completed_at": render_time(deployment.completed_ms),
+            "duration_ms": deployment.duration_ms, "error": deployment.error, **_urls(deployment)}
+
+
+def handle_services(app: App, request: Request) -> Response:
+    """GET /services"""
+    counts = app.store.queue_counts()
+    services = app.current().services.by_name
+    return answer(200, {"services": [_render_service(service, app.store.service_record(name), counts.get(name, {}))
+                                     for name, service in sorted(services.items())]})
+
+
+def handle_service(app: App, request: Request) -> Response:
+    """GET /services/{name}"""
+    name = _last_segment(request)
+    service = app.current().services.by_name.get(name)
+    if not service:
+        raise HookshotError("service_not_found", f"there is no service {clip(escape_controls(name), 40)}")
+    return answer(200, _render_service(service, app.store.service_record(name), app.store.queue_counts().get(name, {})))
+
+
+def _render_service(service: Service, record: ServiceRecord, counts: Mapping[str, int]) -> dict[str, Any]:
+    ran = record.succeeded + record.failed + record.rolled_back + record.rollback_failed
+    last = {"deploy_id": record.last_deploy_id, "status": record.last_status, "completed_at": render_time(record.last_completed_ms)}
+    return {
+        "name": service.name, "description": service.description, "enabled": service.enabled, "current_image": record.current_image,
+        "last_deploy": last if record.last_deploy_id else None, "health": record.health, "locked": False,
+        "queue": {"pending": counts.get("queued", 0), "active": counts.get("active", 0)},
+        "stats": {"total_deploys": ran, "succeeded": record.succeeded, "failed": record.failed, "rolled_back": record.rolled_back,
+                  "rollback_failed": record.rollback_failed, "cancelled": record.cancelled,
+                  "success_rate": round(record.succeeded / ran, 4) if ran else None,
+                  "avg_duration_seconds": round(record.duration_ms / ran / 1000, 3) if ran else None,
+                  "last_failure": render_time(record.last_failure_ms)}}
+
+
+def handle_logs(app: App, request: Request) -> Response:
+    """GET /logs/{id}"""
+    deployment = _deployment_of_path(app, request)
+    path = app.store.log_path(deployment)
+    is_sse = "text/event-stream" in request.headers.get("accept", "")
+    follows = is_sse or request.query.get("follow", "0") not in ("0", "false")
+    if not os.path.exists(path) and deployment.is_terminal:
+        raise HookshotError("not_found", f"the log of {deployment.deploy_id} is gone (storage.retention.log_days), or nothing ever ran")
+    start = 0
+    if "tail" in request.query:
+        start = _tail_offset(path, _parse_number_parameter(request.query, "tail", 0, _MAX_TAIL_LINES, 100))
+    if is_sse:
+        resume = request.headers.get("last-event-id", "")
+        start = int(resume) if re.fullmatch(r"\d{1,15}", resume, re.ASCII) else start
+        stream = _follow_events(app, request, deployment, path, start)
+        return Response(200, content_type="text/event-stream", headers=(("X-Accel-Buffering", "no"),), stream=stream)
+    if request.method == "HEAD":
+        return Response(200, content_type="text/plain; charset=utf-8")
+    stream = (chunk for _, chunk in _read_log(app, request, deployment, path, start, follows))
+    return Response(200, content_type="text/plain; charset=utf-8", headers=(("X-Accel-Buffering", "no"),), stream=stream)
+
+
+def _tail_offset(path: str, lines: int) -> int:
+    """Return where the last `lines` lines of a file begin; its end is read backwards, a block at a time."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        position = file.seek(0, os.SEEK_END)
+        missing = lines + 1  # the newline that ends the last line counts too
+        while position > 0:
+            size = min(_CHUNK_BYTES, position)
+            position = file.seek(position - size)
+            block = file.read(size)
+            found = block.count(b"\n")
+            if found >= missing:
+                for _ in range(found - missing + 1):
+                    cut = block.find(b"\n") if _ == 0 else block.find(b"\n", cut + 1)
+                return position + cut + 1
+            missing -= found
+    return 0
+
+
+def _read_log(app: App, request: Request, deployment: Deployment, path: str, start: int, follows: bool) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset after it, chunk) from `start` on; with `follows` until the deployment has ended, b"" when idle."""
+    file = None
+    try:
+        with app.waiters.waiting_for(deployment.deploy_id) as ended:
+            is_over = not follows or (app.store.get(deployment.deploy_id) or deployment).is_terminal
+            while True:
+                is_over = is_over or ended.is_set()
+                if file is None and os.path.exists(path):
+                    file = open(path, "rb", buffering=0)
+                    file.seek(start)
+                chunk = file.read(_CHUNK_BYTES) if file else b""
+                if chunk:
+                    start += len(chunk)
+                    yield start, chunk
+                elif is_over or app.is_closing or request.is_gone():
+                    return
+                else:
+                    yield start, b""
+                    ended.wait(_FOLLOW_PAUSE_S)
+    finally:
+        if file:
+            file.close()
+
+
+def _follow_events(app: App, request: Request, deployment: Deployment, path: str, start: int) -> Iterator[bytes]:
+    """Yield the log as server-sent events, one a line, their ids offsets to resume from; the last event is "end"."""
+    rest, sent = b"", time.monotonic()
+    for offset, chunk in _read_log(app, request, deployment, path, start, True):
+        *lines, rest = (rest + chunk).split(b"\n")
+        position = offset - len(rest) - sum(len(line) + 1 for line in lines)
+        events = []
+        for line in lines:
+            position += len(line) + 1
+            events.append(b"id: %d\ndata: %b\n\n" % (position, line))
+        if events or time.monotonic() - sent >= _HEARTBEAT_S:
+            sent = time.monotonic()
+            yield b"".join(events) or b": still running\n\n"
+    latest = app.store.get(deployment.deploy_id) or deployment
+    yield b"event: end\ndata: " + render_json({"deploy_id": latest.deploy_id, "status": latest.state, "error": latest.error}) + b"\n"
+
+
+def handle_health(app: App, request: Request) -> Response:
+    """GET /health"""
+    now = time.monotonic()
+    cached = app.health_report
+    if not cached or now - cached[0] >= app.current().config.monitoring.status_cache_seconds:
+        cached = app.health_report = (now, _examine(app))
+    report = {**cached[1], "uptime_seconds": int(now - app.started)}
+    return answer(200 if report["status"] == "healthy" else 503, report)
+
+
+def _examine(app: App) -> dict[str, Any]:
+    config = app.current().config
+    free, workers = free_bytes(config.storage.data_dir), app.engine.alive_workers()
+    try:
+        counts, size, database = app.store.queue_counts(), app.store.size_bytes(), "ok"
+    except HookshotError as error:
+        counts, size, database = {}, None, error.sentence
+    except OSError as error:
+        counts, size, database = {}, None, f"the database file cannot be read: {error.strerror}"
+    expected = config.server.worker_threads
+    checks = {
+        "database": database,
+        "disk_space": "ok" if free >= DISK_RESERVE_BYTES else f"only {render_size(free)} are free for the data directory",
+        "worker_pool": "ok" if workers == expected or not app.is_ready else f"only {workers} of {expected} workers are alive"}
+    return {
+        "status": "healthy" if all(check == "ok" for check in checks.values()) else "unhealthy", "version": __version__,
+        "uptime_seconds": 0,
+        "deployment_queue": {"pending": sum(count["queued"] for count in counts.values()),
+                             "active": sum(count["active"] for count in counts.values()), "workers": workers},
+        "database": {"connected": database == "ok", "size_bytes": size}, "checks": checks}
+
+
+def handle_ready(app: App, request: Request) -> Response:
+    """GET /ready"""
+    message = "ready" if app.is_ready else "draining" if app.engine.is_draining else "starting"
+    return answer(200 if app.is_ready else 503, {"ready": app.is_ready, "message": message},
+                  *(() if app.is_ready else (("Retry-After", "5"),)))
+
+
+ROUTES: tuple[Route, ...] = (
+    Route("POST", "/deploy", "signature", handle_deploy, "Accept a deployment; ?wait=N or Prefer: wait=N answers when it ended."),
+    Route("GET", "/status/{id}", "read", handle_status, "One deployment: its state, history, commands and timings."),
+    Route("GET", "/logs/{id}", "read", handle_logs, "Its log; ?tail=N for the last lines, ?follow=1 until it ends, or server-sent events."),
+    Route("GET", "/deployments", "read", handle_deployments, "Deployments, newest first; service, status, limit (1-200), cursor."),
+    Route("GET", "/services", "read", handle_services, "Every service: what runs, how the last deployment ended, statistics."),
+    Route("GET", "/services/{name}", "read", handle_service, "One service."),
+    Route("GET", "/health", "open", handle_health, "Whether database, disk and workers are well; 503 if not."),
+    Route("GET", "/ready", "open", handle_ready, "Whether deploys are accepted; 503 while starting or draining."),
+)
+
+
+# === 19. SERVER =======================================================================================================
+# Bytes to Request and back, on ThreadingHTTPServer. Owns the sockets.
+#
+# 1. The stock request parser is not used: it ignores Transfer-Encoding, takes the first of two lengths and has no
+#    deadline (RFC 9112 calls each of these request smuggling or worse). This reader refuses whatever is ambiguous.
+# 2. Head, body, number of headers, connections and time are bounded before memory is spent.
+# 3. One answer is one send; after an error in reading, the connection is closed without resetting the answer away.
+
+MAX_REQUEST_LINE_BYTES = 8 << 10
+MAX_HEAD_BYTES = 16 << 10
+MAX_HEADERS = 100
+# An idle kept-alive connection holds a thread; clients reconnect at little cost.
+_IDLE_TIMEOUT_S = 30.0
+_LINGER_S = 1.0
+_LINGER_BYTES = 1 << 20
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([!-~]+) HTTP/(\d)\.(\d)")
+_HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+_BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)|\x00")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
+# Headers that are lists, which several lines may make up (RFC 9110, 5.3). Any other header may come once.
+_LIST_HEADERS = frozenset({"accept", "accept-encoding", "accept-language", "cache-control", "connection", "cookie", "forwarded", "prefer",
+                           "via", "x-forwarded-for"})
+
+
+class _Head(NamedTuple):
+    """A request before its body."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    is_http_1_1: bool
+
+
+class _Hangup(Exception):
+    """The client closed, or sent nothing in time between requests: nothing to answer."""
+
+
+def parse_head(head: bytes) -> _Head:
+    """Return the parsed request line and headers (`head` ends before the blank line); raise for what is not exact."""
+    if _BAD_LINE_END.search(head):
+        raise HookshotError("bad_request", "a line does not end in CR LF, or holds a NUL")
+    first, *lines = head.split(b"\r\n")
+    method, path, query, is_http_1_1 = parse_request_line(first)
+    if len(lines) > MAX_HEADERS:
+        raise HookshotError("headers_too_large", f"there are more than {MAX_HEADERS} headers")
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = _HEADER_LINE.fullmatch(line)
+        if not match:
+            raise HookshotError("bad_request", "a header line is malformed")
+        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        if name in headers and name not in _LIST_HEADERS:
+            raise HookshotError("bad_request", f"the header {clip(name, 40)} appears more than once")
+        headers[name] = f"{headers[name]},{value}" if name in headers else value
+    if is_http_1_1 and "host" not in headers:
+        raise HookshotError("bad_request", "the Host header is missing")
+    return _Head(method, path, query, headers, is_http_1_1)
+
+
+def parse_request_line(line: bytes) -> tuple[str, str, dict[str, str], bool]:
+    """Return method, path, query and whether it is HTTP/1.1; raise for anything but origin-form of HTTP/1.0 and 1.1."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise HookshotError("bad_request", "this is not an HTTP/1.1 request")
+    if match[3] != b"1" or match[4] not in (b"0", b"1"):
+        raise HookshotError("http_version", "only HTTP/1.0 and HTTP/1.1 are spoken here")
+    path, _, query = match[2].decode().partition("?")
+    if not path.startswith("/") or path.startswith("//") or "#" in query or re.search(r"%(2f|5c|00)|[\\#]", path, re.IGNORECASE):
+        raise HookshotError("bad_request", "the request target is not a plain path")
+    path = _decode_path(path) if "%" in path else path
+    if any(segment in (".", "..") for segment in path.split("/")):
+        raise HookshotError("bad_request", "the request target has dot segments")
+    return match[1].decode(), path, _parse_query(query), match[4] == b"1"
+
+
+def _decode_path(path: str) -> str:
+    try:
+        decoded = urllib.parse.unquote(path, errors="strict")
+    except UnicodeDecodeError:
+        decoded = ""
+    if not decoded.isprintable() or not decoded or re.search("%(?![0-9A-Fa-f]{2})", path):
+        raise HookshotError("bad_request", "the request target is badly encoded")
+    return decoded
+
+
+def _parse_query(text: str) -> dict[str, str]:
+    if not text:
+        return {}
+    try:
+        pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=20, errors="strict")
+    except ValueError:
+        raise HookshotError("bad_request", "the query is malformed or has too many parameters") from None
+    query = dict(pairs)
+    if len(query) != len(pairs):
+        raise HookshotError("bad_request", "a query parameter appears more than once")
+    return query
+
+
+def body_length(head: _Head, limit: int) -> int | None:
+    """Return the length of the body, or None if it comes in chunks; raise for what could be read in two ways."""
+    coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
+    if coding is not None:
+        if length is not None or not head.is_http_1_1:
+            raise HookshotError("bad_request", "a body has either Content-Length or (in HTTP/1.1) Transfer-Encoding")
+        if coding.lower() != "chunked":
+            raise HookshotError("not_implemented", "the only transfer coding is chunked")
+        return None
+    if length is None:
+        if head.method in ("POST", "PUT", "PATCH"):
+            raise HookshotError("length_required", "send a Content-Length")
+        return 0
+    if not re.fullmatch(r"[0-9]{1,19}", length, re.ASCII):
+        raise HookshotError("bad_request", "Content-Length is not a number")
+    if int(length) > limit:
+        raise HookshotError("too_large", f"the body has {int(length)} bytes; at most {limit} are taken (server.max_request_size)")
+    return int(length)
+
+
+class _Connection:
+    """One client's connection: reads requests, writes answers. One thread."""
+
+    def __init__(self, link: socket.socket, peer: str, app: App):
+        self._link, self._peer, self._app = link, peer, app
+        self._buffer = b""
+        self._deadline = 0.0
+
+    def serve(self) -> None:
+        """Answer requests in order until either side ends the connection."""
+        try:
+            while self._serve_one():
+                pass
+        except (_Hangup, OSError):
+            pass
+
+    def _serve_one(self) -> bool:
+        """Answer one request and return whether another may follow."""
+        config = self._app.current().config
+        request = Request("-", "-", {}, {}, b"", self._peer, new_request_id(), self._is_gone)
+        if not self._buffer:
+            self._deadline = time.monotonic() + min(_IDLE_TIMEOUT_S, config.server.request_timeout)
+            self._receive(idle=True)
+        self._deadline = time.monotonic() + config.server.request_timeout
+        try:
+            head = self._read_head()
+            given_id = head.headers.get("x-request-id", "")
+            request = request._replace(method=head.method, path=head.path, query=head.query, headers=head.headers,
+                                       request_id=given_id if REQUEST_ID.fullmatch(given_id) else request.request_id)
+            length = body_length(head, config.server.max_request_size)
+            admit(self._app, request)
+            request = request._replace(body=self._read_body(head, length, config.server.max_request_size))
+        except HookshotError as error:
+            report_refusal(self._app, request, error)
+            self._send(answer_error(error, request.request_id), request, closes=True)
+            self._linger()
+            return False
+        response = dispatch(self._app, request)
+        closes = not head.is_http_1_1 or "close" in head.headers.get("connection", "").lower() or self._app.is_closing
+        # Reading has its deadline; the answer gets one of its own, however long the handler waited for the deployment.
+        self._deadline = time.monotonic() + config.server.request_timeout
+        self._send(response, request, closes=closes, is_http_1_1=head.is_http_1_1)
+        return not closes
+
+    # --- reading
+
+    def _receive(self, *, idle: bool = False) -> None:
+        left_s = self._deadline - time.monotonic()
+        try:
+            self._link.settimeout(max(left_s, 0.001))
+            block = self._link.recv(_CHUNK_BYTES) if left_s > 0 else None
+        except TimeoutError:
+            block = None
+        if block is None and not idle:
+            raise HookshotError("request_timeout", "the request did not arrive in time (server.request_timeout)")
+        if not block:
+            raise _Hangup
+        self._buffer += block
+
+    def _read_head(self) -> _Head:
+        self._buffer = self._buffer.removeprefix(b"\r\n")
+        while b"\n" not in self._buffer[:MAX_REQUEST_LINE_BYTES]:
+            if len(self._buffer) >= MAX_REQUEST_LINE_BYTES:
+                raise HookshotError("uri_too_long", f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
+            if self._buffer and not re.match(_TOKEN + rb"|\r", self._buffer):
+                raise HookshotError("bad_request", "this is not HTTP; is it TLS on a plain port?")
+            self._receive()
+        # Judged before more is awaited: HTTP/0.9, the HTTP/2 preface and noise are answered at once.
+        parse_request_line(self._buffer[: self._buffer.index(b"\n")].removesuffix(b"\r"))
+        while (end := self._buffer.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)) < 0:
+            if len(self._buffer) >= MAX_HEAD_BYTES:
+                raise HookshotError("headers_too_large", f"the headers are larger than {MAX_HEAD_BYTES} bytes")
+            if _BAD_LINE_END.search(self._buffer[:-1]):
+                raise HookshotError("bad_request", "a line does not end in CR LF, or holds a NUL")
+            self._receive()
+        head, self._buffer = parse_head(self._buffer[:end]), self._buffer[end + 4 :]
+        return head
+
+    def _read_body(self, head: _Head, length: int | None, limit: int) -> bytes:
+        expectation = head.headers.get("expect", "").lower()
+        if expectation not in ("", "100-continue"):
+            raise HookshotError("expectation", "the only expectation is 100-continue")
+        if expectation and head.is_http_1_1 and not self._buffer and length != 0:
+            self._link.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return self._take(length) if length is not None else self._read_chunks(limit)
+
+    def _take(self, length: int) -> bytes:
+        if len(self._buffer) < length:
+            pieces, have = [self._buffer], len(self._buffer)
+            while have < length:
+                self._buffer = b""
+                self._receive()
+                pieces.append(self._buffer)
+                have += len(self._buffer)
+            self._buffer = b"".join(pieces)
+        body, self._buffer = self._buffer[:length], self._buffer[length:]
+        return body
+
+    def _read_line(self) -> bytes:
+        while (end := self._buffer.find(b"\r\n")) < 0:
+            if len(self._buffer) > 1024:
+                raise HookshotError("bad_request", "a chunk's header is too long")
+            self._receive()
+        line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
+        return line
+
+    def _read_chunks(self, limit: int) -> bytes:
+        """Decode a chunked body (RFC 9112, 7.1) strictly; trailers are read and dropped."""
+        pieces: list[bytes] = []
+        total = 0
+        while True:
+            match = _CHUNK_SIZE.fullmatch(self._read_line())
+            if not match:
+                raise HookshotError("bad_request", "a chunk's size is malformed")
+            size = int(match[1], 16)
+            total += size
+            if total > limit:
+                raise HookshotError("too_large", f"the body has more than {limit} bytes (server.max_request_size)")
+            if not size:
+                break
+            pieces.append(self._take(size))
+            if self._take(2) != b"\r\n":
+                raise HookshotError("bad_request", "a chunk is longer than its size")
+        for _ in range(MAX_HEADERS):
+            line = self._read_line()
+            if not line:
+                return b"".join(pieces)
+            if not _HEADER_LINE.fullmatch(line):
+                break
+        raise HookshotError("bad_request", "the trailers are malformed or too many")
+
+    # --- writing
+
+    def _send(self, response: Response, request: Request, *, closes: bool, is_http_1_1: bool = True) -> None:
+        is_stream = response.stream is not None and request.method != "HEAD"
+        head = [f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, 'Unknown')}", f"Date: {_http_date(int(time.time()))}",
+                "Server: hookshot", f"Content-Type: {response.content_type}", f"X-Request-ID: {request.request_id}",
+                "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
+        head += [f"{name}: {value}" for name, value in response.headers]
+        if response.stream is None:
+            head.append(f"Content-Length: {len(response.body)}")
+        elif is_http_1_1:
+            head.append("Transfer-Encoding: chunked")
+        if closes:
+            head.append("Connection: close")
+        content = "\r\n".join([*head, "\r\n"]).encode("latin-1", "replace")
+        self._write(content if request.method == "HEAD" else content + response.body)
+        if is_stream:
+            self._send_stream(response.stream or iter(()), is_chunked=is_http_1_1)
+
+    def _send_stream(self, stream: Iterator[bytes], *, is_chunked: bool) -> None:
+        timeout_s = self._app.current().config.server.request_timeout
+        with contextlib.closing(stream):  # type: ignore[type-var]
+            for chunk in stream:
+                # A stream may last as long as a deployment; a reader that takes nothing for request_timeout is gone.
+                self._deadline = time.monotonic() + timeout_s
+                if chunk:
+                    self._write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk)
+        if is_chunked:
+            self._write(b"0\r\n\r\n")
+
+    def _write(self, content: bytes) -> None:
+        self._link.settimeout(max(0.001, self._deadline - time.monotonic()))
+        self._link.sendall(content)
+
+    def _linger(self) -> None:
+        """Read on for a moment: closing with unread data would reset the connection and the answer with it."""
+        deadline, taken = time.monotonic() + _LINGER_S, 0
+        self._link.shutdown(socket.SHUT_WR)
+        while taken < _LINGER_BYTES and (left_s := deadline - time.monotonic()) > 0:
+            self._link.settimeout(left_s)
+            block = self._link.recv(_CHUNK_BYTES)
+            if not block:
+                return
+            taken += len(block)
+
+    def _is_gone(self) -> bool:
+        """Return whether the client has closed the connection; data that waits means that it has not."""
+        poll = select.poll()
+        poll.register(self._link, select.POLLIN)
+        try:
+            return bool(poll.poll(0)) and not self._link.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+
+@functools.lru_cache(maxsize=2)
+def _http_date(at_s: int) -> str:
+    moment = time.gmtime(at_s)
+    # Not strftime's %a and %b: they speak the locale's language.
+    day, month = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[moment.tm_wday], \
+        ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[moment.tm_mon - 1]
+    return f"{day}, {moment.tm_mday:02d} {month} {moment.tm_year} {moment.tm_hour:02d}:{moment.tm_min:02d}:{moment.tm_sec:02d} GMT"
+
+
+class HttpServer(http.server.ThreadingHTTPServer):
+    """Accepts connections, one thread each, up to a limit. serve_forever() in a thread of its own."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, listen: ListenAddress, app: App, max_connections: int):
+        """Bind and listen; OSError says why not."""
+        self.address_family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+        self._app = app
+        self._places = threading.BoundedSemaphore(max_connections)
+        super().__init__((listen.host, listen.port), http.server.BaseHTTPRequestHandler)
+
+    def server_bind(self) -> None:
+        # Not HTTPServer's: it asks DNS for this host's name, which takes seconds on a host without a network.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give the connection a thread, or an answer and its leave if there are too many."""
+        if not self._places.acquire(blocking=False):
+            self._refuse(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no more threads: the limit of the host, not ours
+            self._places.release()
+            self._refuse(request)
+
+    def _refuse(self, request: Any) -> None:
+        error = HookshotError("overloaded", "there are too many connections; try again")
+        body = render_problem(error, new_request_id(), now_ms())
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 5\r\n"
+                         b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve one connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Speak HTTP with one client."""
+        # Without it a kept-alive client waits 40 ms for the second of two small segments (Nagle against delayed ACK).
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _Connection(request, client_address[0], self._app).serve()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report a bug in the server's own code; the connection is closed, the server goes on."""
+        self._app.publish(Broken("connection", sys.exc_info()[1] or RuntimeError("unknown")))
+
+
+# === 21. DAEMON =======================================================================================================
+# Builds the parts, runs them, takes them down again. The only place that wires; owns what is in force and the signals.
+#
+# 1. Nothing is bound, locked or created before the configuration is known to be right.
+# 2. A signal handler only puts a number into a queue; the main loop acts.
+# 3. Shutdown: no new deploys, wait for the running ones up to shutdown_timeout, then stop them for recovery.
+
+_HOUSE_TURN_S = 1.0
+_CLOSE_S = 1.0
+
+
+class Settings(NamedTuple):
+    """Both files, read and found right."""
+
+    config: Config
+    services: Services
+
+
+def read_settings(config_path: str, services_path: str, problems: list[Problem]) -> Settings:
+    """Read both files; everything wrong with them is added to `problems`."""
+    config = load_config(_read_file(config_path, problems), config_path, problems)
+    return Settings(config, load_services(_read_file(services_path, problems), services_path, config, problems))
+
+
+def _read_file(path: str, problems: list[Problem]) -> str:
+    try:
+        return read_text(path)
+    except OSError as error:
+        hint = "; create it with `hookshot init`, or name another with -c and -s" if isinstance(error, FileNotFoundError) else ""
+        problems.append(Problem(path, "", f"cannot be read: {error.strerror}{hint}"))
+    except ValueError as error:
+        problems.append(Problem(path, "", f"cannot be read: {'is not UTF-8' if isinstance(error, UnicodeDecodeError) else error}"))
+    return ""
+
+
+def has_errors(problems: Iterable[Problem]) -> bool:
+    """Return whether any problem is more than a warning."""
+    return any(not problem.is_warning for problem in problems)
+
+
+def check_host(settings: Settings, config_path: str, services_path: str, environ: Mapping[str, str], problems: list[Problem]) -> None:
+    """Add what this host lacks for the configuration: directories, accounts, programs."""
+    _check_data_dir(settings.config.storage.data_dir, Place(config_path, "storage.data_dir", problems))
+    for service in settings.services.by_name.values():
+        place = Place(services_path, f'service "{service.name}"', problems)
+        if not os.path.isdir(service.working_dir or "/"):
+            (place / "working_dir").problem(f"{service.working_dir} does not exist; create it")
+        try:
+            account = find_account(service.user, service.group)
+            if account and os.geteuid() not in (0, account.uid):
+                (place / "user").problem(f"only root can run commands as {account.name}; this is user {os.geteuid()}")
+        except ValueError as error:
+            (place / "user").problem(str(error))
+        _check_programs(service, environ.get("PATH", DEFAULT_PATH), place)
+
+
+def _check_data_dir(folder: str, place: Place) -> None:
+    existing = folder
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        place.problem(f"{existing} is not a directory")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        place.problem(f"{existing} cannot be written by user {os.geteuid()}; choose another directory or change its owner")
+
+
+def _check_programs(service: Service, path: str, place: Place) -> None:
+    env_path = service.env.get("PATH")
+    path = env_path.text if env_path and not env_path.inserts else path
+    for where, commands, _ in _service_commands(service):
+        for index, command in enumerate(commands):
+            program = command.run[0]
+            at = (place / where).at(index)
+            if command.working_dir and not os.path.isdir(command.working_dir):
+                (at / "working_dir").problem(f"{command.working_dir} does not exist; create it")
+            if program.inserts:
+                continue
+            if "/" in program.text:
+                # An earlier command may bring it, so that it is missing now is worth a word, not a refusal.
+                file = os.path.join(command.working_dir or service.working_dir or "/", program.text)
+                if not os.access(file, os.X_OK):
+                    at.warning(f"{file} is not an executable file yet")
+            elif "PATH" not in command.env and not shutil.which(program.text, path=path):
+                at.problem(f"the program {program.text} is not found on PATH ({path})")
+
+
+class Daemon:
+    """One server: its parts, built together. start(), then stop(); run() does both around the signals."""
+
+    def __init__(self, config_path: str, services_path: str, *, environ: Any, override: Callable[[Config], Config] = lambda config: config):
+        """Read everything; raise ConfigError with every problem. Nothing is created yet."""
+        self._paths, self._override = (config_path, services_path), override
+        self._surroundings: SecretSurroundings | None = None
+        self._environ = environ
+        self.warnings: tuple[Problem, ...] = ()
+        self._current = self._load()
+        self.log = Log(self._current.config.logging.level, self._current.config.logging.format)
+        self.log.masker = self._current.keyring.masker
+        self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.waiters = Waiters()
+        self._parts = contextlib.ExitStack()
+        self._house_stop = threading.Event()
+        self.url = ""
+
+    def _load(self) -> Current:
+        problems: list[Problem] = []
+        settings = read_settings(*self._paths, problems)
+        if self._surroundings is None:
+            self._surroundings = SecretSurroundings.take(self._environ, settings.config.secrets.secret_prefix or "HOOKSHOT_")
+        if not has_errors(problems):
+            settings = settings._replace(config=self._override(settings.config))
+            check_host(settings, *self._paths, self._environ, problems)
+            keyring = load_keyring(*settings, self._surroundings, self._paths[0], problems)
+        if has_errors(problems):
+            raise ConfigError(problems)
+        self.warnings = tuple(problems)
+        return Current(settings.config, settings.services, keyring)
+
+    def publish(self, event: Event) -> None:
+        """Tell everyone who listens. Listeners neither fail nor wait."""
+        log_event(self.log, event)
+        self.waiters.tell(event)
+        self.engine.note(event)
+
+    def start(self) -> None:
+        """Lock, open, bind, recover, begin. HookshotError says in one sentence why not."""
+        config = self._current.config
+        os.umask(0o077)
+        try:
+            make_private_folder(config.storage.data_dir)
+            self._parts.callback(FolderLock(config.storage.data_dir).release)
+            store = Store(config.storage.data_dir)
+            self._parts.callback(store.close)
+            make_private_folder(store.logs)
+        except OSError as error:
+            self._parts.close()
+            raise HookshotError("cannot_write", f"{config.storage.data_dir} cannot be used: {error.strerror}; check its owner and mode") from None
+        except HookshotError:
+            self._parts.close()
+            raise
+        self.engine = Engine(store, lambda: self._current, self.publish, self._environ)
+        self.app = App(store, self.engine, lambda: self._current, self.waiters, self.publish)
+        try:
+            self._server = HttpServer(config.server.listen, self.app, config.server.max_connections)
+        except OSError as error:
+            self._parts.close()
+            listen = config.server.listen
+            raise HookshotError("config", f"cannot listen on {listen.host}:{listen.port}: {error.strerror}; end the program that does, "
+                                          "or choose another with --port or server.listen") from None
+        self.url = ListenAddress(self._server.server_address[0], self._server.server_address[1]).url
+        self._begin("accept", lambda: self._server.serve_forever(poll_interval=0.25))
+        self.engine.recover()
+        self.engine.start()
+        self._begin("housekeeper", self._keep_house)
+        self.app.is_ready = True
+        for warning in self.warnings:
+            self.log.write("warning", "config_warning", f"{warning.file}: {warning.path} {warning.message}")
+        self.publish(Noted("started", f"hookshot {__version__} listens on {self.url}, {len(self._current.services.by_name)} services"))
+
+    def _begin(self, name: str, work: Callable[[], None]) -> None:
+        threading.Thread(target=work, name=name, daemon=True).start()
+
+    def stop(self) -> None:
+        """Shut down: drain, wait, stop, close. A second signal meanwhile stops what runs at once."""
+        self.app.is_ready = False
+        self.engine.drain()
+        self.publish(Noted("draining", f"shutting down; running deployments get {self._current.config.server.shutdown_timeout} s"))
+        deadline = time.monotonic() + self._current.config.server.shutdown_timeout
+        while not self.engine.join(0.05) and time.monotonic() < deadline:
+            if self._next_signal(0.0) in (signal.SIGTERM, signal.SIGINT):
+                self.engine.stop("now")
+                break
+        if not self.engine.join(0):
+            self.engine.stop("shutdown")
+            self.engine.join(KILL_AFTER_S + 2)
+        self._house_stop.set()
+        self.app.is_closing = True
+        time.sleep(min(_CLOSE_S, 0.3 if self.waiters.is_waited_for() else 0.0))
+        self._server.shutdown()
+        self._server.server_close()
+        self._parts.close()
+        self.publish(Noted("stopped", "hookshot has stopped"))
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; SIGHUP reads files and secrets again. Main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: self.signals.put(number))
+        self.start()
+        while (number := self._next_signal(None)) not in (signal.SIGTERM, signal.SIGINT):
+            if number == signal.SIGHUP:
+                self.reload()
+        self.stop()
+
+    def _next_signal(self, timeout_s: float | None) -> int | None:
+        try:
+            return self.signals.get(timeout=timeout_s) if timeout_s is None or timeout_s > 0 else self.signals.get_nowait()
+        except queue.Empty:
+            return None
+
+    def reload(self) -> bool:
+        """Read files and secrets again and swap them whole; keep the old ones if anything is wrong with the new."""
+        try:
+            loaded = self._load()
+        except ConfigError as error:
+            for problem in error.problems:
+                self.log.write("error", "reload_failed", f"{problem.file}: {problem.path} {problem.message}")
+            self.publish(Trouble("the new configuration is not taken; the old one stays in force"))
+            return False
+        before = self._current.config
+        if (before.server, before.storage.data_dir) != (loaded.config.server, loaded.config.storage.data_dir):
+            self.publish(Trouble("changes of [server] and storage.data_dir need a restart; they are not in force yet"))
+            loaded = loaded._replace(config=loaded.config._replace(
+                server=before.server, storage=loaded.config.storage._replace(data_dir=before.storage.data_dir)))
+        self._take(loaded)
+        self.publish(Noted("reloaded", f"configuration and secrets are read again, {len(loaded.services.by_name)} services"))
+        return True
+
+    def _take(self, loaded: Current) -> None:
+        self._current = loaded
+        self.log.masker = loaded.keyring.masker
+        self.engine.wake(everyone=True)
+
+    def _reload_secrets(self) -> None:
+        problems: list[Problem] = []
+        current = self._current
+        assert self._surroundings
+        keyring = load_keyring(current.config, current.services, self._surroundings, self._paths[0], problems)
+        if has_errors(problems):
+            for problem in problems:
+                self.log.write("error", "secrets_failed", f"{problem.file}: {problem.path} {problem.message}; the old secrets stay in force")
+        elif keyring.values != current.keyring.values:
+            self._take(current._replace(keyring=keyring))
+            self.publish(Noted("secrets_reloaded", "secrets have changed and are in force"))
+
+    def _keep_house(self) -> None:
+        secrets_at = time.monotonic()
+        while not self._house_stop.wait(_HOUSE_TURN_S):
+            try:
+                self.engine.keep_house()
+                interval = self._current.config.secrets.reload_interval
+                if interval and time.monotonic() - secrets_at >= interval:
+                    secrets_at = time.monotonic()
+                    self._reload_secrets()
+            except (HookshotError, OSError) as error:
+                self.publish(Trouble(f"keeping house failed and will be tried again: {error}"))
+            except Exception as error:
+                self.publish(Broken("housekeeper", error))
+
+
+# === 22. CLIENT =======================================================================================================
+# Speaks to a Hookshot server: signs, sends, reads. Behind `deploy`, `status`, `history`, `logs`, `services`.
+#
+# 1. What a server answers is data from outside: control characters are made visible before a terminal sees them.
+# 2. A deploy carries an id of ours, so that sending it again after a broken connection can never run it twice.
+
+_CONNECT_TIMEOUT_S = 10.0
+_READ_TIMEOUT_S = 60.0
+# How long a follower keeps trying to reach a server that has gone: a restart takes seconds.
+_RECONNECT_S = 60.0
+_POLL_WAIT_S = 20
+
+
+class Reply(NamedTuple):
+    """A server's answer: its status and its JSON document."""
+
+    status: int
+    document: Any
+
+
+class Client:
+    """One server as its URL names it, with the key and the token there are. One thread."""
+
+    def __init__(self, url: str, key: bytes | None, token: str | None):
+        parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise HookshotError("usage", f"{clip(escape_controls(url), 200)} is not a server's URL; write http://host:port")
+        self.url = url
+        self._parts, self.key, self._token = parts, key, token
+
+    def get(self, path: str) -> Any:
+        """Return the document of a read; raise the server's error as ours."""
+        with self._open("GET", path, b"", {}) as response:
+            return self._document(response).document
+
+    def post_deploy(self, body: bytes, *, wait_s: int | None = None) -> Reply:
+        """Send a signed deploy request. Outcomes of a deployment are replies; refusals are raised."""
+        if self.key is None:
+            raise HookshotError("authentication", "there is no key to sign with; set HOOKSHOT_HMAC_KEY, name a file with --key-file, "
+                                                  "or run where the server's configuration can be read")
+        headers = {"Content-Type": "application/json", "X-Hub-Signature-256": sign(self.key, body)}
+        path = "/deploy" if wait_s is None else f"/deploy?wait={wait_s}"
+        with self._open("POST", path, body, headers) as response:
+            return self._document(response)
+
+    def follow(self, deploy_id: str, last_event_id: str) -> Iterator[tuple[str, str, str]]:
+        """Yield (event, id, data) of a deployment's log until its "end" event."""
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": last_event_id}
+        with self._open("GET", f"/logs/{deploy_id}", b"", headers) as response:
+            if response.status != 200:
+                self._document(response)
+            event, event_id, found = "message", "", []
+            for line in self._lines(response):
+                name, _, value = line.partition(": ")
+                if name == "data":
+                    found.append(value)
+                elif name == "id":
+                    event_id = value
+                elif name == "event":
+                    event = value
+                elif not line and found:
+                    yield event, event_id, "\n".join(found)
+                    event, found = "message", []
+
+    def read_log(self, deploy_id: str, tail: int | None) -> Iterator[str]:
+        """Yield the lines of a log as it is now."""
+        with self._open("GET", f"/logs/{deploy_id}" + ("" if tail is None else f"?tail={tail}"), b"", {}) as response:
+            if response.status != 200:
+                self._document(response)
+            yield from self._lines(response)
+
+    def _lines(self, response: http.client.HTTPResponse) -> Iterator[str]:
+        try:
+            for line in response:
+                yield line.decode("utf-8", "replace").rstrip("\n")
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from None
+
+    @contextlib.contextmanager
+    def _open(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Iterator[http.client.HTTPResponse]:
+        connection_class = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+        link = connection_class(self._parts.hostname or "", self._parts.port, timeout=_CONNECT_TIMEOUT_S)
+        authorization = {"Authorization": f"Bearer {self._token}"} if self._token and method == "GET" else {}
+        try:
+            link.connect()
+            link.sock.settimeout(_READ_TIMEOUT_S)
+            link.request(method, self._parts.path.rstrip("/") + path, body or None,
+                         {"User-Agent": f"hookshot/{__version__}", "Accept": "application/json", **authorization, **headers})
+            response = link.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            link.close()
+            raise self._unreachable(error) from None
+        with contextlib.closing(link), contextlib.closing(response):
+            yield response
+
+    def _unreachable(self, error: BaseException) -> HookshotError:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return HookshotError("unreachable", f"{self.url} cannot be reached: {why}; is the server running, and is the URL right?")
+
+    def _document(self, response: http.client.HTTPResponse) -> Reply:
+        try:
+            document = json.loads(response.read(32 << 20) or b"null")
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from None
+        except ValueError:
+            raise HookshotError("unreachable", f"{self.url} answered {response.status} without JSON; is this a Hookshot server?") from None
+        if isinstance(document, dict) and "code" in document and "error" in document and response.status >= 400:
+            name = KIND_OF_CODE.get(str(document["code"]), "internal")
+            raise HookshotError(name, f"{self.url} refused: {escape_controls(str(document['error']))}")
+        return Reply(response.status, document)
+
+
+class ProgressLine:
+    """The last line of a terminal: phase, step and time of what goes on. Nothing where stderr is no terminal."""
+
+    def __init__(self, service: str):
+        self._service, self._text = service, "waiting"
+        self._started = time.monotonic()
+        self._is_shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._lock, self._done = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._redraw, name="progress", daemon=True)
+
+    def __enter__(self) -> "ProgressLine":
+        if self._is_shown:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        if self._is_shown:
+            self._thread.join()
+            self._write("\r\x1b[K")
+
+    def print(self, line: str) -> None:
+        """Print a line of the log above the progress line."""
+        match = re.match(r"\S+ (\w+) -- (step \d+ of \d+.*|probe \d+ of \d+.*|rolling back.*)", line)
+        with self._lock:
+            if match:
+                self._text = f"{match[1]}: {match[2]}"
+            if self._is_shown:
+                self._write("\r\x1b[K")
+            print(escape_controls(line), flush=True)
+
+    def _redraw(self) -> None:
+        while not self._done.is_set():
+            with self._lock:
+                width = shutil.get_terminal_size().columns - 1
+                elapsed = render_duration(int(time.monotonic() - self._started) * 1000)
+                self._write("\r\x1b[K" + clip(f"{self._service}  {escape_controls(self._text)}  {elapsed}", max(20, width)))
+            self._done.wait(0.5)
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def follow_deployment(client: Client, deploy_id: str, body: bytes | None, line: ProgressLine, deadline: float) -> str | None:
+    """Show the log until the deployment ends; return its status, or None when the deadline came first.
+
+    Survives a restart of the server. Where reading is not allowed, asks with the signed request itself (`body`).
+    """
+    last_id, contact = "", time.monotonic()
+    while time.monotonic() < deadline:
+        try:
+            for event, event_id, data in client.follow(deploy_id, last_id):
+                contact = time.monotonic()
+                if event == "end":
+                    status = str(json.loads(data).get("status"))
+                    if status in TERMINAL:
+                        return status
+                    break
+                last_id = event_id
+                line.print(data)
+                if contact >= deadline:
+                    return None
+        except HookshotError as error:
+            if error.name == "authentication" and body is not None:
+                print("the log cannot be read from here (it needs the read token); waiting for the outcome", file=sys.stderr)
+                return _wait_for_outcome(client, body, deadline)
+            if error.name != "unreachable" or time.monotonic() - contact > _RECONNECT_S:
+                raise
+        time.sleep(1.0)
+    return None
+
+
+def _wait_for_outcome(client: Client, body: bytes, deadline: float) -> str | None:
+    contact = time.monotonic()
+    while (left_s := deadline - time.monotonic()) > 0:
+        try:
+            status = client.post_deploy(body, wait_s=max(1, min(_POLL_WAIT_S, int(left_s)))).document.get("status")
+            contact = time.monotonic()
+        except HookshotError as error:
+            if error.kind.exit not in (69, 75) or time.monotonic() - contact > _RECONNECT_S:
+                raise
+            status = None
+            time.sleep(error.retry_after_s or 1.0)
+        if status in TERMINAL:
+            return str(status)
+    return None
+
+
+# === 23. CLI ==========================================================================================================
+# The commands: one row of COMMANDS and one function each. Data goes to stdout, talk to stderr.
+
+DEFAULT_CONFIG = "/etc/hookshot/config.toml"
+
+
+def _say(*words: object) -> None:
+    print(*words, file=sys.stderr, flush=True)
+
+
+def _print_json(document: object) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    texts = [[escape_controls("-" if cell is None else str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *texts)]
+    for row in (headings, *texts):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def _paths(args: argparse.Namespace) -> tuple[str, str]:
+    """Return both files; services.toml is looked for beside config.toml unless it is named."""
+    config = args.config or os.environ.get("HOOKSHOT_CONFIG") or DEFAULT_CONFIG
+    services = args.services_file or os.environ.get("HOOKSHOT_SERVICES") or os.path.join(os.path.dirname(os.path.abspath(config)), "services.toml")
+    return os.path.abspath(config), os.path.abspath(services)
+
+
+def _print_problems(problems: Iterable[Problem]) -> None:
+    for file, group in itertools.groupby(sorted(problems, key=lambda problem: problem.file), key=lambda problem: problem.file):
+        found = list(group)
+        _say(f"{file}: {len(found)} problem{'s' * (len(found) != 1)}")
+        for problem in found:
+            label = "warning: " if problem.is_warning else ""
+            _say(f"  {label}{problem.path}{': ' if problem.path else ''}{problem.message}")
+
+
+def _overrides(args: argparse.Namespace) -> Callable[[Config], Config]:
+    """Return what the flags of `run` change in the file's configuration."""
+    def override(config: Config) -> Config:
+        listen = config.server.listen
+        if args.bind is not None:
+            bind = args.bind.strip("[]")
+            listen = listen._replace(host=bind)
+        if args.port is not None:
+            listen = listen._replace(port=args.port)
+        logging = config.logging._replace(format=args.log_format or config.logging.format, level=args.log_level or config.logging.level)
+        return config._replace(server=config.server._replace(listen=listen), logging=logging)
+
+    return override
+
+
+def run_server(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C."""
+    daemon = Daemon(*_paths(args), environ=os.environ, override=_overrides(args))
+    daemon.run()
+    return EXIT_OK
+
+
+def validate(args: argparse.Namespace) -> int:
+    """Check both files, secrets, directories and programs; print every problem."""
+    config_path, services_path = _paths(args)
+    problems: list[Problem] = []
+    settings = read_settings(config_path, services_path, problems)
+    surroundings = SecretSurroundings.take(os.environ, settings.config.secrets.secret_prefix or "HOOKSHOT_")
+    # Only what could be read can be looked at further; the host is asked about every service that is right in itself.
+    if not has_errors(problems):
+        check_host(settings, config_path, services_path, os.environ, problems)
+        load_keyring(*settings, surroundings, config_path, problems)
+    if args.json:
+        _print_json({"valid": not has_errors(problems), "problems": [problem._asdict() for problem in problems]})
+    else:
+        _print_problems(problems)
+        if not has_errors(problems):
+            names = ", ".join(settings.services.by_name) or "none"
+            print(f"{config_path} and {services_path} are valid; services: {names}")
+    return EXIT_CONFIG if has_errors(problems) else EXIT_OK
+
+
+def source_digest() -> str:
+    """Return the SHA-256 of this module's source, from a file or from inside the archive; empty if there is none."""
+    archive = getattr(__loader__, "archive", None)  # type: ignore[name-defined]
+    with contextlib.suppress(OSError):
+        if archive:
+            return hashlib.sha256(__loader__.get_data(os.path.join(archive, "hookshot.py"))).hexdigest()  # type: ignore[name-defined]
+        with open(__file__, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    return ""
+
+
+def version(args: argparse.Namespace) -> int:
+    """Print version, Python, SQLite, platform and build digest."""
+    found = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3])), "sqlite": sqlite3.sqlite_version,
+             "platform": f"{os.uname().sysname} {os.uname().machine}", "digest": source_digest()}
+    if args.json:
+        _print_json(found)
+    else:
+        print(f"hookshot {found['version']} (Python {found['python']}, SQLite {found['sqlite']}, {found['platform']}, build {found['digest'][:12]})")
+    return EXIT_OK
+
+
+def keygen(args: argparse.Namespace) -> int:
+    """Print a fresh key of 32 random bytes in hex."""
+    print(secrets.token_hex(32))
+    return EXIT_OK
+
+
+def write_sample(folder: str, services: str, values: Mapping[str, Any], key: str) -> tuple[str, str, str]:
+    """Write config.toml, services.toml and a secrets file (0600) that do not exist yet; return their paths."""
+    paths = tuple(os.path.join(folder, name) for name in ("config.toml", "services.toml", "secrets"))
+    taken = [path for path in paths if os.path.lexists(path)]
+    if taken:
+        raise HookshotError("cannot_write", f"{taken[0]} exists already; nothing was changed. Choose another directory, or remove it")
+    samples = (SAMPLE_HEADING + render_sample(Config, "", {"secrets.secrets_file": paths[2], **values}), services,
+               f"# Secrets of hookshot: key=value lines. Keep this file private (mode 0600).\nhmac_key={key}\n")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for path, text in zip(paths, samples):
+            write_private_file(path, text, mode=0o600 if path == paths[2] else 0o644)
+    except OSError as error:
+        raise HookshotError("cannot_write", f"{error.filename or folder} cannot be written: {error.strerror}") from None
+    return paths  # type: ignore[return-value]
+
+
+def init(args: argparse.Namespace) -> int:
+    """Write commented sample files and a fresh key."""
+    folder = os.path.abspath(args.dir)
+    data_dir = "/var/lib/hookshot" if folder == os.path.dirname(DEFAULT_CONFIG) else os.path.join(folder, "data")
+    values = {"server.listen": "127.0.0.1:8080", "storage.data_dir": data_dir}
+    services = SAMPLE_SERVICES.replace("@WORKING_DIR@", json.dumps(folder, ensure_ascii=False))
+    paths = write_sample(folder, services, values, secrets.token_hex(32))
+    for path in paths:
+        print(path)
+    options = "" if folder == os.path.dirname(DEFAULT_CONFIG) else f" -c {shlex.quote(paths[0])}"
+    _say(f"Next: hookshot{options} validate; then hookshot{options} run, and from another terminal\n"
+         f"      hookshot{options} deploy example example/app:1.0")
+    return EXIT_OK
+
+
+# --- client commands
+
+
+def _client_settings(args: argparse.Namespace) -> tuple[Settings | None, Keyring | None]:
+    """Return what the server's own configuration says, as far as it can be read from here."""
+    problems: list[Problem] = []
+    config_path, services_path = _paths(args)
+    if not args.config and not os.access(config_path, os.R_OK):
+        return None, None
+    settings = read_settings(config_path, services_path, problems)
+    config_problems = [problem for problem in problems if problem.file == config_path and not problem.is_warning]
+    if config_problems:
+        raise ConfigError(config_problems)
+    surroundings = SecretSurroundings({}, None)
+    return settings, load_keyring(settings.config, Services({}), surroundings, config_path, [])
+
+
+def _read_key_file(path: str) -> bytes:
+    try:
+        key = read_text(path, 1 << 16).strip().encode()
+    except (OSError, ValueError) as error:
+        raise HookshotError("config", f"the key file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if problem := check_key(key):
+        raise HookshotError("config", f"the key in {path} {problem}")
+    return key
+
+
+def _client(args: argparse.Namespace) -> Client:
+    """Return the client: URL and key from flags, environment, or the server's own files, in this order."""
+    given = {name: os.environ.pop(name, None) for name in ("HOOKSHOT_HMAC_KEY", "HOOKSHOT_READ_TOKEN")}
+    url = args.url or os.environ.get("HOOKSHOT_URL")
+    key_file = args.key_file or os.environ.get("HOOKSHOT_KEY_FILE")
+    key = _read_key_file(key_file) if key_file else (given["HOOKSHOT_HMAC_KEY"] or "").encode() or None
+    token = given["HOOKSHOT_READ_TOKEN"]
+    if not url or not key or not token:
+        settings, keyring = _client_settings(args)
+        url = url or (settings.config.server.listen.url if settings else "http://127.0.0.1:8080")
+        if settings and keyring:
+            key = key or next(iter(keyring.pick(settings.config.security.hmac_keys).values()), None)
+            token = token or keyring.values.get("read_token", b"").decode() or None
+    return Client(url, key, token)
+
+
+def _parse_pairs(pairs: Sequence[str], flag: str) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise HookshotError("usage", f"{flag} {pair} is not name=value")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def deploy(args: argparse.Namespace) -> int:
+    """Deploy an image and follow it to its end; the exit status tells the outcome."""
+    document: dict[str, Any] = {"deploy_id": args.id or new_deploy_id(now_ms()), "service": args.service, "image": args.image}
+    document |= {"previous_image": args.previous_image} if args.previous_image else {}
+    document |= {"metadata": _parse_pairs(args.meta, "--meta")} if args.meta else {}
+    document |= {"overrides": {"env": _parse_pairs(args.env, "--env")}} if args.env else {}
+    document |= {"dry_run": True} if args.dry_run else {}
+    body = render_json(document)
+    client = _client(args)
+    reply = client.post_deploy(body)
+    if args.dry_run:
+        _print_json(reply.document) if args.json else _print_plan(reply.document)
+        return EXIT_OK
+    deploy_id = str(reply.document["deploy_id"])
+    _say(f"{'accepted' if reply.status == 202 else 'known already'}: {args.service} {args.image} as {deploy_id}")
+    if not args.wait:
+        _print_json(reply.document) if args.json else print(deploy_id)
+        return EXIT_OK
+    status = reply.document.get("status")
+    if status not in TERMINAL:
+        status = _follow(client, args, deploy_id, body)
+    if status is None:
+        _say(f"{deploy_id} still runs after {args.timeout} s; look at it with: hookshot status {deploy_id}")
+        return EXIT_STILL_RUNNING
+    outcome = client.post_deploy(body, wait_s=1).document
+    if args.json:
+        _print_json(outcome)
+    _say(_describe_outcome(outcome))
+    return EXIT_OF_STATE[State(status)]
+
+
+def _follow(client: Client, args: argparse.Namespace, deploy_id: str, body: bytes | None) -> str | None:
+    """Follow on stdout, or with --json on stderr, which leaves stdout to the document."""
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext(), ProgressLine(args.service) as line:
+        return follow_deployment(client, deploy_id, body, line, time.monotonic() + args.timeout)
+
+
+def _describe_outcome(outcome: Mapping[str, Any]) -> str:
+    seconds = outcome.get("duration_seconds")
+    took = f" after {render_duration(int(seconds * 1000))}" if isinstance(seconds, int | float) else ""
+    error = f": {outcome['error']}" if outcome.get("error") else ""
+    back = f", back on {outcome['current_image']}" if outcome.get("current_image") else ""
+    return escape_controls(f"{outcome.get('service')} {outcome.get('image')}: {outcome.get('status')}{took}{back}{error}")
+
+
+def _print_plan(plan: Mapping[str, Any]) -> None:
+    print(escape_controls(f"{plan['service']} {plan['image']}, at most {plan['timeout_seconds']} s; nothing has run"))
+    for phase, commands in plan["phases"].items():
+        for command in commands:
+            print(escape_controls(f"  {phase} {command['step']}: {shlex.join(command['run'])}  (in {command['working_dir']}, "
+                                  f"{command['timeout_seconds']} s, {command['retries']} retries)"))
+    health, rollback = plan.get("healthcheck"), plan["rollback"]
+    if health:
+        print(f"  healthy after {health['success_threshold']} good probes in a row, at most {health['max_attempts']}, every {health['interval_s']} s")
+    print(escape_controls(f"  a failure is rolled back to {rollback['to']}" if rollback["possible"]
+                          else f"  a failure is not rolled back: {rollback['reason']}"))
+
+
+def status(args: argparse.Namespace) -> int:
+    """Show one deployment."""
+    record = _client(args).get(f"/status/{urllib.parse.quote(args.id, safe='')}")
+    if args.json:
+        _print_json(record)
+        return EXIT_OK
+    timings, progress = record["timings"], record["progress"]
+    rows = [("deployment", record["deploy_id"]), ("service", record["service"]), ("image", record["image"]),
+            ("previous image", record["previous_image"]), ("status", record["status"]), ("error", record["error"]),
+            ("now", progress["phase"] and f"{progress['phase']}, step {progress['steps_completed'] + 1} of {progress['steps_total']}: {progress['current_step']}"),
+            ("queued", timings["queued_at"]), ("started", timings["started_at"]), ("completed", timings["completed_at"]),
+            ("took", timings["duration_ms"] is not None and render_duration(timings["duration_ms"])),
+            ("asked by", f"{record['triggered_by']['address']} with {record['triggered_by']['key_id']}")]
+    for name, value in rows:
+        if value:
+            print(f"{name + ':':16}{escape_controls(str(value))}")
+    if record["commands"]:
+        print()
+        _print_table(("PHASE", "STEP", "TRY", "COMMAND", "STATUS", "EXIT", "TOOK"), [
+            (command["phase"], command["step"], command["attempt"], command["name"], command["status"],
+             command["exit_code"] if command["signal"] is None else f"signal {command['signal']}", render_duration(command["duration_ms"]))
+            for command in record["commands"]])
+    return EXIT_OK
+
+
+def history(args: argparse.Namespace) -> int:
+    """List deployments, newest first."""
+    query = {"limit": str(args.limit), **({"service": args.service} if args.service else {}), **({"status": args.status} if args.status else {})}
+    found = _client(args).get(f"/deployments?{urllib.parse.urlencode(query)}")
+    if args.json:
+        _print_json(found)
+    elif not found["deployments"]:
+        _say("there are no deployments yet")
+    else:
+        _print_table(("DEPLOYMENT", "SERVICE", "STATUS", "IMAGE", "QUEUED", "TOOK"), [
+            (entry["deploy_id"], entry["service"], entry["status"], entry["image"], entry["queued_at"], render_duration(entry["duration_ms"]))
+            for entry in found["deployments"]])
+    return EXIT_OK
+
+
+def logs(args: argparse.Namespace) -> int:
+    """Print a deployment's log; with -f until it ends, the exit status telling the outcome."""
+    client, deploy_id = _client(args), urllib.parse.quote(args.id, safe="")
+    if args.follow:
+        with ProgressLine(args.id) as line:
+            outcome = follow_deployment(client, deploy_id, None, line, float("inf"))
+        return EXIT_OF_STATE[State(outcome)] if outcome else EXIT_STILL_RUNNING
+    for text in client.read_log(deploy_id, args.tail):
+        print(escape_controls(text))
+    return EXIT_OK
+
+
+def services(args: argparse.Namespace) -> int:
+    """List the services and how they are."""
+    found = _client(args).get("/services")
+    if args.json:
+        _print_json(found)
+    else:
+        _print_table(("SERVICE", "HEALTH", "IMAGE", "LAST DEPLOYMENT", "STATUS", "WAITING", "RUNNING", "DEPLOYS", "SUCCESS"), [
+            (entry["name"] if entry["enabled"] else f"{entry['name']} (disabled)", entry["health"], entry["current_image"],
+             entry["last_deploy"] and entry["last_deploy"]["deploy_id"], entry["last_deploy"] and entry["last_deploy"]["status"],
+             entry["queue"]["pending"], entry["queue"]["active"], entry["stats"]["total_deploys"],
+             None if entry["stats"]["success_rate"] is None else f"{entry['stats']['success_rate']:.0%}") for entry in found["services"]])
+    return EXIT_OK
+
+
+def sign_body(args: argparse.Namespace) -> int:
+    """Print the signature header of a file or of standard input, for curl -H."""
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb") as file:
+            body = file.read()
+    except OSError as error:
+        raise HookshotError("usage", f"{args.file} cannot be read: {error.strerror}") from None
+    client = _client(args)
+    if client.key is None:
+        raise HookshotError("authentication", "there is no key to sign with; set HOOKSHOT_HMAC_KEY or name a file with --key-file")
+    print(f"X-Hub-Signature-256: {sign(client.key, body)}")
+    return EXIT_OK
+
+
+# --- demo
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Show a deployment that succeeds and one that is rolled back, on a server of its own in a temporary directory."""
+    import tempfile  # only the demo needs it
+
+    with tempfile.TemporaryDirectory(prefix="hookshot-demo-") as home:
+        # The environment may name a production server or its keys: the demo has nothing to do with them.
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("HOOKSHOT_", _PREFIX_OF_HOOKSHOT_1))}
+        sample = DEMO_SERVICES.replace("@HOME@", json.dumps(home, ensure_ascii=False))
+        key = secrets.token_hex(32)
+        values = {"server.listen": "127.0.0.1:0", "storage.data_dir": os.path.join(home, "data"), "logging.level": "error",
+                  "logging.format": "pretty", "security.rate_limit": 0, "server.shutdown_timeout": 5}
+        paths = write_sample(home, sample, values, key)
+        write_private_file(os.path.join(home, "release.sh"), DEMO_SCRIPT)
+        daemon = Daemon(paths[0], paths[1], environ=environ)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: daemon.signals.put(number))
+        daemon.start()
+        try:
+            client = Client(daemon.url, key.encode(), None)
+            print(f"A server with one service, \"web\", listens on {daemon.url}; its files are in {home}.", flush=True)
+            ended_well = all([_demo_deploy(client, image, expected, words) for image, expected, words in DEMO_STEPS])
+            print(f"\n{'Both ended as they should.' if ended_well else 'Something did not end as it should.'} "
+                  f"Look at them while this runs:\n  {daemon.url}/services\n  {daemon.url}/deployments", flush=True)
+            if not args.once:
+                print("Press Ctrl-C to stop and to remove everything.", flush=True)
+                daemon.signals.get()
+        finally:
+            daemon.stop()
+    return EXIT_OK if ended_well else 1
+
+
+def _demo_deploy(client: Client, image: str, expected: State, words: str) -> bool:
+    print(f"\n== {words}\n   hookshot deploy web {image}", flush=True)
+    body = render_json({"deploy_id": new_deploy_id(now_ms()), "service": "web", "image": image})
+    deploy_id = client.post_deploy(body).document["deploy_id"]
+    with ProgressLine("web") as line:
+        found = follow_deployment(client, deploy_id, body, line, time.monotonic() + 60)
+    outcome = client.post_deploy(body, wait_s=1).document
+    print(f"-> {_describe_outcome(outcome)}", flush=True)
+    return found == expected
+
+
+# --- the table of commands
+
+
+class CliCommand(NamedTuple):
+    """One row of COMMANDS: the function, its line of help, and its arguments as argparse takes them."""
+
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    arguments: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
+
+
+def _argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return names, options
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _duration_argument(text: str) -> int:
+    try:
+        return parse_duration(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+_JSON = _argument("--json", action="store_true", help="print JSON")
+_TO_SERVER = (_argument("--url", metavar="URL", help="the server; else $HOOKSHOT_URL, else as config.toml says"),
+              _argument("--key-file", metavar="FILE", help="file that holds the key; else $HOOKSHOT_HMAC_KEY, else the server's secrets"))
+
+COMMANDS: dict[str, CliCommand] = {
+    "run": CliCommand(run_server, "serve until SIGTERM or Ctrl-C (the default)", (
+        _argument("--bind", metavar="ADDRESS", help="address to listen on instead of the file's"),
+        _argument("--port", type=_number(0, 65535), help="port to listen on instead of the file's"),
+        _argument("--log-format", choices=("json", "pretty"), help="instead of the file's"))),
+    "validate": CliCommand(validate, "check both files, secrets, directories and programs; print every problem", (_JSON,)),
+    "version": CliCommand(version, "print version, Python, SQLite, platform and build digest", (_JSON,)),
+    "init": CliCommand(init, "write commented sample files and a fresh key", (_argument("dir", nargs="?", default=".", metavar="DIR", help="directory to write into (default: this one)"),)),
+    "keygen": CliCommand(keygen, "print a fresh key of 32 random bytes in hex"),
+    "demo": CliCommand(demo, "show a deployment that succeeds and one that is rolled back; needs nothing", (_argument("--once", action="store_true", help="exit afterwards; 0 only if both ended as they should"),)),
+    "deploy": CliCommand(deploy, "deploy an image and follow it to its end", (
+        _argument("service", metavar="SERVICE"), _argument("image", metavar="IMAGE"), *_TO_SERVER, _JSON,
+        _argument("--meta", action="append", default=[], metavar="KEY=VALUE", help="metadata (repeatable)"),
+        _argument("--env", action="append", default=[], metavar="NAME=VALUE", help="environment override (repeatable)"),
+        _argument("--id", help="deploy_id; the same id with the same request never runs twice"),
+        _argument("--previous-image", metavar="IMAGE", help="image to roll back to instead of the last good one"),
+        _argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="follow it to its end (the default)"),
+        _argument("--timeout", type=_duration_argument, default=7200, metavar="DURATION", help="how long to follow (default: 2h)"),
+        _argument("-n", "--dry-run", action="store_true", help="show what would run; nothing does"))),
+    "status": CliCommand(status, "show one deployment", (_argument("id", metavar="ID"), *_TO_SERVER, _JSON)),
+    "history": CliCommand(history, "list deployments, newest first", (
+        _argument("service", nargs="?", metavar="SERVICE"), *_TO_SERVER, _JSON,
+        _argument("-n", "--limit", type=_number(1, 200), default=20, help="how many (1-200, default 20)"),
+        _argument("--status", choices=[str(state) for state in State], help="only those in this state"))),
+    "logs": CliCommand(logs, "print a deployment's log", (
+        _argument("id", metavar="ID"), *_TO_SERVER, _argument("-f", "--follow", action="store_true", help="until the deployment ends"),
+        _argument("--tail", type=_number(0, _MAX_TAIL_LINES), metavar="N", help="only the last N lines"))),
+    "services": CliCommand(services, "list the services and how they are", (*_TO_SERVER, _JSON)),
+    "sign": CliCommand(sign_body, "print the signature header of a body, for curl -H", (_argument("file", nargs="?", default="-", metavar="FILE", help="file to sign (default: -, standard input)"),
+                                   *_TO_SERVER)),
+}
+
+
+def _add_global_options(parser: argparse.ArgumentParser, default: Any) -> None:
+    parser.add_argument("-c", "--config", metavar="FILE", default=default, help=f"config.toml (default: $HOOKSHOT_CONFIG, {DEFAULT_CONFIG})")
+    parser.add_argument("-s", "--services", dest="services_file", metavar="FILE", default=default,
+                        help="services.toml (default: $HOOKSHOT_SERVICES, beside config.toml)")
+    parser.add_argument("--log-level", choices=tuple(LEVELS), default=default, help="least severe line of the log")
+    parser.add_argument("-v", dest="log_level", action="store_const", const="debug", default=default, help="same as --log-level debug")
+    parser.add_argument("-q", dest="log_level", action="store_const", const="warning", default=default, help="same as --log-level warning")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of COMMANDS; the global options may stand before and after the command."""
+    parser = argparse.ArgumentParser(prog="hookshot", description="One signed request, one deployment: run it, watch it, roll it back.",
+                                     epilog="No command is the same as run. Exit statuses and files: see the documentation.")
+    parser.add_argument("--version", action="store_const", dest="command", const="version", help="same as the command version")
+    _add_global_options(parser, None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help.capitalize() + ".")
+        _add_global_options(sub, argparse.SUPPRESS)
+        for names, options in command.arguments:
+            sub.add_argument(*names, **options)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed command line; SystemExit(2) after a usage message."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        args = parser.parse_args([*argv, "run"])
+    if args.command == "version":
+        args.json = getattr(args, "json", False)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status. Every failure is one plain sentence on stderr."""
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        code = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return code
+    except ConfigError as error:
+        _print_problems(error.problems)
+        return error.kind.exit
+    except HookshotError as error:
+        _say(f"hookshot: {error.sentence}")
+        return error.kind.exit
+    except KeyboardInterrupt:
+        _say("interrupted; a deployment that was accepted goes on without you")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # `hookshot history | head`: the reader has enough. Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except Exception as error:
+        if args.log_level == "debug":
+            raise
+        _say(f"hookshot: a bug: {type(error).__name__}: {escape_controls(str(error))}; run it again with --log-level debug and report it")
+        return EXIT_BUG
+
+
+# === A. ASSETS ========================================================================================================
+# Texts only.
+
+SAMPLE_HEADING = """\
+# Configuration of hookshot. A line that begins with "# name = value" shows a default; remove the "# " to change it.
+# Durations are seconds or "90s", "5m", "2h"; sizes are bytes or "64KB", "1MB".
+
+"""
+
+SAMPLE_SERVICES = """\
+# Services that may be deployed. `hookshot validate` checks this file; docs/configuration.md has every key.
+
+[[service]]
+name = "example"
+description = "Replace this by a service of yours"
+working_dir = @WORKING_DIR@
+
+[service.security]
+# Matched against the whole image name: nothing else can be deployed.
+allowed_image_pattern = 'example/app:[A-Za-z0-9._-]+'
+
+[service.deploy]
+timeout = "5m"
+commands = [
+  # For a container, for example:
+  #   ["podman", "pull", "{{IMAGE}}"],
+  #   ["systemctl", "restart", "example.service"],
+  ["echo", "deploying {{IMAGE}}"],
+]
+
+[service.healthcheck]
+initial_delay = 0
+interval = 1
+max_attempts = 5
+success_threshold = 1
+commands = [["true"]]
+# Without any program: http = "http://127.0.0.1:8000/health"
+
+[service.rollback]
+commands = [["echo", "returning to {{PREVIOUS_IMAGE}}"]]
+"""
+
+DEMO_SERVICES = """\
+[[service]]
+name = "web"
+working_dir = @HOME@
+
+[service.security]
+allowed_image_pattern = 'demo/web:[0-9.]+(-broken)?'
+
+[service.deploy]
+commands = [
+  { name = "pull", run = ["sh", "release.sh", "pull", "{{IMAGE}}"] },
+  { name = "switch", run = ["sh", "release.sh", "switch", "{{IMAGE}}"] },
+]
+
+[service.healthcheck]
+initial_delay = 0
+interval = 1
+max_attempts = 3
+success_threshold = 1
+commands = [{ name = "check", run = ["sh", "release.sh", "check"] }]
+
+[service.rollback]
+commands = [{ name = "switch back", run = ["sh", "release.sh", "switch", "{{PREVIOUS_IMAGE}}"] }]
+"""
+
+DEMO_SCRIPT = """\
+# Stands for podman and systemctl: "releases" an image by writing its name into a file.
+case "$1" in
+  pull) for layer in 1 2 3; do echo "layer $layer of $2"; sleep 0.2; done ;;
+  switch) printf '%s\\n' "$2" > current; echo "now running $2" ;;
+  check) read -r image < current; case "$image" in *-broken) echo "$image answers 500" >&2; exit 1 ;; esac; echo "$image answers 200" ;;
+esac
+"""
+
+DEMO_STEPS = (
+    ("demo/web:1.0", State.SUCCEEDED, "A release that works:"),
+    ("demo/web:2.0-broken", State.ROLLED_BACK, "A release that starts, but fails its health check:"),
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What tests share: a host in a temporary folder, a real server on it, signed requests, waits with a deadline."""
+
+import contextlib
+import http.client
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import hookshot
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "hookshot.py"
+KEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796a5b4c3d2e1f0"
+# Long enough for a loaded machine; a wait that succeeds never takes it.
+PATIENCE_S = 30.0
+
+
+def need(program: str) -> str:
+    """Return the path of a program, or skip the test because this machine lacks it (a failure under CI)."""
+    found = shutil.which(program)
+    if not found:
+        pytest.skip(f"missing: {program}")
+    return found
+
+
+def wait_until(condition: Callable[[], Any], *, patience_s: float = PATIENCE_S) -> Any:
+    """Return the first true value of `condition`; fail when it stays false."""
+    deadline = time.monotonic() + patience_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"still false after {patience_s} s"
+        time.sleep(0.01)
+    return value
+
+
+class Answer:
+    """One HTTP answer: status, headers (lower case), body, and its JSON if it is JSON."""
+
+    def __init__(self, response: http.client.HTTPResponse):
+        self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.getheaders()}
+        self.body = response.read()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Host:
+    """A host of its own: both files, a secrets file, and at most one server at a time."""
+
+    def __init__(self, folder: pathlib.Path, services: str, config: str = "", *, key: str = KEY, secrets: str = ""):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config, self.services, self.secrets = folder / "config.toml", folder / "services.toml", folder / "secrets"
+        self.data, self.output = folder / "data", folder / "server.log"
+        self.key = key.encode()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+        self.write(services, config)
+        self.secrets.write_text(f"hmac_key={key}\n{secrets}")
+        self.secrets.chmod(0o600)
+
+    def write(self, services: str, config: str = "") -> None:
+        """Write both files. `config` is added to what every test needs: a port of its own, its folders, no rate limit."""
+        self.services.write_text(services.replace("@", str(self.folder)))
+        tables = {"server": 'listen = "127.0.0.1:0"', "storage": f'data_dir = "{self.data}"',
+                  "secrets": f'secrets_file = "{self.secrets}"\nsource = "file"', "security": "rate_limit = 0"}
+        text = config
+        for name, lines in tables.items():
+            keys = [line for line in lines.splitlines() if f"\n{line.split(' ')[0]} " not in f"\n{text}"]
+            head = f"[{name}]\n"
+            text = text.replace(head, head + "\n".join(keys) + "\n") if head in text else text + f"\n{head}" + "\n".join(keys) + "\n"
+        self.config.write_text(text)
+
+    def start(self, *flags: str, wait: bool = True, env: dict[str, str] | None = None, program: tuple[str, ...] = ()) -> "Host":
+        """Start the server as a process of its own and wait until it is ready."""
+        assert self.process is None or self.process.poll() is not None, "the last server still runs"
+        self.output.touch()
+        offset = self.output.stat().st_size
+        with open(self.output, "ab") as log:
+            self.process = subprocess.Popen([*(program or (sys.executable, str(PROGRAM))), "-c", str(self.config), "-s", str(self.services), "run", *flags],
+                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})})
+        if wait:
+            self.port = wait_until(lambda: self._find_port(offset))
+        return self
+
+    def _find_port(self, offset: int) -> int:
+        assert self.process and self.process.poll() is None, f"the server ended at start:\n{self.output.read_text()[offset:]}"
+        for line in self.output.read_bytes()[offset:].decode().splitlines():
+            if '"started"' in line:
+                return int(line.partition("listens on http://")[2].partition(",")[0].rpartition(":")[2])
+        return 0
+
+    def stop(self, number: int = signal.SIGTERM, *, patience_s: float = PATIENCE_S) -> int:
+        """Send a signal and return the server's exit status."""
+        assert self.process
+        self.process.send_signal(number)
+        return self.process.wait(patience_s)
+
+    def kill(self) -> None:
+        """kill -9, as a crash would."""
+        self.stop(signal.SIGKILL)
+
+    def close(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    # --- talking to it
+
+    def request(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)) as link:
+            link.request(method, path, body, headers or {})
+            return Answer(link.getresponse())
+
+    def get(self, path: str, **headers: str) -> Answer:
+        return self.request("GET", path, headers=headers)
+
+    def post(self, document: Any, *, path: str = "/deploy", key: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
+        """Send a signed POST; a document that is bytes goes out as it is."""
+        body = document if isinstance(document, bytes) else json.dumps(document).encode()
+        signature = hookshot.sign(key or self.key, body)
+        return self.request("POST", path, body, {"Content-Type": "application/json", "X-Hub-Signature-256": signature, **(headers or {})})
+
+    def deploy(self, image: str = "app:1", service: str = "web", **fields: Any) -> str:
+        """Have a deployment accepted and return its id."""
+        answer = self.post({"service": service, "image": image, **fields})
+        assert answer.status == 202, answer.body
+        return answer.json["deploy_id"]
+
+    def record(self, deploy_id: str) -> dict[str, Any]:
+        answer = self.get(f"/status/{deploy_id}")
+        assert answer.status == 200, answer.body
+        return answer.json
+
+    def wait(self, deploy_id: str, *states: str) -> dict[str, Any]:
+        """Return the record once the deployment is in one of `states` (default: any terminal one)."""
+        wanted = states or tuple(hookshot.TERMINAL)
+        return wait_until(lambda: (record := self.record(deploy_id))["status"] in wanted and record)
+
+    def log(self, deploy_id: str) -> str:
+        return self.get(f"/logs/{deploy_id}").body.decode()
+
+    def raw(self, content: bytes, *, patience_s: float = 10.0) -> bytes:
+        """Send bytes as they are and return everything until the server closes."""
+        with socket.create_connection(("127.0.0.1", self.port), patience_s) as link:
+            link.sendall(content)
+            return b"".join(iter(lambda: link.recv(1 << 16), b""))
+
+    def cli(self, *args: str, env: dict[str, str] | None = None, stdin: bytes = b"", patience_s: float = PATIENCE_S) -> "subprocess.CompletedProcess[str]":
+        """Run a client command against this server."""
+        environment = {**os.environ, "HOOKSHOT_URL": f"http://127.0.0.1:{self.port}", **(env or {})}
+        done = subprocess.run([sys.executable, str(PROGRAM), "-c", str(self.config), "-s", str(self.services), *args], input=stdin,
+                              capture_output=True, env=environment, timeout=patience_s)
+        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@contextlib.contextmanager
+def running(folder: pathlib.Path, services: str, config: str = "", **options: Any) -> Iterator[Host]:
+    """Give a host with a running server, and end it afterwards. "@" in `services` stands for the host's folder."""
+    host = Host(folder, services, config, **options)
+    try:
+        yield host.start()
+    finally:
+        host.close()
+
+
+def service(*commands: str, name: str = "web", head: str = "", tables: str = "") -> str:
+    """Return a [[service]] with these commands (TOML texts), any image named app:..., in the host's folder."""
+    return f"""
+[[service]]
+name = "{name}"
+working_dir = "@"
+{head}
+[service.security]
+allowed_image_pattern = 'app:[a-z0-9.]+'
+[service.deploy]
+commands = [{', '.join(commands or ('["true"]',))}]
+{tables}
+"""
