@@ -217,7 +217,13 @@ def render_time(at_ms: int | None) -> str | None:
     if at_ms is None:
         return None
     seconds, ms = divmod(at_ms, 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{ms:03d}Z"
+    return f"{_render_second(seconds)}.{ms:03d}Z"
+
+
+@functools.lru_cache(maxsize=16)
+def _render_second(seconds: int) -> str:
+    """Most times rendered in a row lie in the same second, and strftime is slow."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def render_duration(duration_ms: int | None) -> str:
@@ -1239,9 +1245,12 @@ class DeployRequest(NamedTuple):
     key_id: str
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def render_json(value: object) -> bytes:
     """Return compact UTF-8 JSON with a final newline."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+    return _ENCODER.encode(value).encode("utf-8", "replace") + b"\n"
 
 
 def sign(key: bytes, body: bytes) -> str:
@@ -1804,7 +1813,10 @@ def build_plan(service: Service, deployment: Deployment, limits: Limits, environ
         scope=scope, env=_base_env(service, environ, account), service_env=service.env, overrides=deployment.env,
         account=account, umask=service.umask, nice=service.nice, timeout_s=limits.deployment_timeout)
     for command in itertools.chain.from_iterable(plan.commands.values()):
-        launch_of(plan, command, 1)
+        for template in (*command.argv, *command.env.values()):
+            _expand(template, scope)
+    for template in service.env.values():
+        _expand(template, scope)
     return plan
 
 
@@ -1853,12 +1865,16 @@ def _checks_of(health: Healthcheck, scope: Scope) -> tuple[HttpCheck | SocketChe
 
 
 def _base_env(service: Service, environ: Mapping[str, str], account: Account | None) -> dict[str, str]:
-    env = {name: value for name, value in environ.items()
-           if (SAFE_ENV.fullmatch(name) or name in service.inherit_env) and not NEVER_INHERITED.fullmatch(name)}
+    env = {name: value for name, value in environ.items() if _may_inherit(name, name in service.inherit_env)}
     env.setdefault("PATH", DEFAULT_PATH)
     if account:
         env |= {"HOME": account.home, "USER": account.name, "LOGNAME": account.name, "SHELL": account.shell}
     return env
+
+
+@functools.cache
+def _may_inherit(name: str, is_named: bool) -> bool:
+    return bool(is_named or SAFE_ENV.fullmatch(name)) and not NEVER_INHERITED.fullmatch(name)
 
 
 def _expand(template: Template, scope: Scope) -> str:
@@ -2100,6 +2116,14 @@ class FolderLock:
         os.close(self._descriptor)
 
 
+def return_memory() -> None:
+    """Give back to the system what compiling this module took: malloc keeps 10 MB of it, where there is no byte code."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes  # may be missing; after the start nobody waits for it
+
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def free_bytes(path: str) -> int:
     """Return what an ordinary user may still write on the file system of `path`."""
     status = os.statvfs(path)
@@ -2131,12 +2155,32 @@ def _boot_id() -> str:
 
 
 class ProcessStat(NamedTuple):
-    """What /proc says of a process: who it is for ever (`identity`), its group, and whether it still runs."""
+    """What /proc says of a process: its group, when it started (clock ticks since boot), and whether it still runs."""
 
     pid: int
     pgid: int
-    identity: str
+    started_ticks: int
     is_alive: bool
+
+
+# An exec takes milliseconds, on a loaded host perhaps a second; a pid comes round again only after thousands of forks.
+_BIRTH_TOLERANCE_S = 2
+
+
+def birth_now() -> str | None:
+    """Return what tells a process started just now from any other with its pid: boot and time since boot.
+
+    Asking /proc for the start time instead would cost more than all else that is recorded of a command.
+    """
+    boot_id = _boot_id()
+    return f"{boot_id}-{int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf('SC_CLK_TCK'))}" if boot_id else None
+
+
+def was_born(process: ProcessStat, birth: str | None) -> bool:
+    """Return whether a process is the one that started at `birth`."""
+    boot_id, _, ticks = (birth or "").partition("-")
+    tolerance = _BIRTH_TOLERANCE_S * os.sysconf("SC_CLK_TCK")
+    return bool(boot_id) and boot_id == _boot_id() and abs(process.started_ticks - int(ticks)) <= tolerance
 
 
 def read_process(pid: int) -> ProcessStat | None:
@@ -2147,7 +2191,7 @@ def read_process(pid: int) -> ProcessStat | None:
     except OSError:
         return None
     # proc_pid_stat(5): after the name come state, ppid, pgrp; field 22 is the start time in ticks since boot.
-    return ProcessStat(pid, int(fields[2]), f"{_boot_id()}-{int(fields[19])}", fields[0] not in (b"Z", b"X"))
+    return ProcessStat(pid, int(fields[2]), int(fields[19]), fields[0] not in (b"Z", b"X"))
 
 
 def list_processes() -> Iterator[ProcessStat]:
@@ -2255,9 +2299,13 @@ class Log:
         self._is_coloured = style == "pretty" and wants_colour(descriptor)
         self._descriptor = descriptor
 
+    def shows(self, level: str) -> bool:
+        """Return whether a line of this level is written."""
+        return LEVELS[level] >= self._threshold
+
     def write(self, level: str, event: str, message: str, **fields: object) -> None:
         """Write one line; fields that are None are left out."""
-        if LEVELS[level] < self._threshold:
+        if not self.shows(level):
             return
         known = {name: value for name, value in fields.items() if value is not None}
         line = self.masker.mask(self._render(level, event, message, known, now_ms(), self._is_coloured).encode("utf-8", "replace"))
@@ -2270,9 +2318,12 @@ def wants_colour(descriptor: int) -> bool:
     return os.isatty(descriptor) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+_LINE_ENCODER = json.JSONEncoder(default=str)
+
+
 def _render_json_line(level: str, event: str, message: str, fields: Mapping[str, object], at_ms: int, coloured: bool) -> str:
     line = {"timestamp": render_time(at_ms), "level": level, "event": event, "message": message, **fields}
-    return json.dumps(line, ensure_ascii=True, default=str) + "\n"
+    return _LINE_ENCODER.encode(line) + "\n"
 
 
 def _render_pretty(level: str, event: str, message: str, fields: Mapping[str, object], at_ms: int, coloured: bool) -> str:
@@ -2282,7 +2333,9 @@ def _render_pretty(level: str, event: str, message: str, fields: Mapping[str, ob
     return f"{moment} {label} {escape_controls(message)}{extra}\n"
 
 
-_LEVEL_OF_STATE = {State.FAILED: "error", State.ROLLBACK_FAILED: "error", State.ROLLED_BACK: "warning", State.CANCELLED: "warning"}
+# What a night watch needs: accepted, begun, gone wrong, ended. The steps between are in the deployment's own log.
+_LEVEL_OF_STATE = {State.FAILED: "error", State.ROLLBACK_FAILED: "error", State.ROLLED_BACK: "warning", State.CANCELLED: "warning",
+                   State.ROLLING_BACK: "warning", State.DEPLOYING: "debug", State.HEALTH_CHECKING: "debug"}
 
 
 def _log_accepted(log: Log, event: Accepted) -> None:
@@ -2294,17 +2347,21 @@ def _log_accepted(log: Log, event: Accepted) -> None:
 
 
 def _log_moved(log: Log, event: Moved) -> None:
-    deployment = event.deployment
-    log.write(_LEVEL_OF_STATE.get(deployment.state, "info"), "deploy_moved",
+    deployment, level = event.deployment, _LEVEL_OF_STATE.get(event.deployment.state, "info")
+    if not log.shows(level):
+        return
+    log.write(level, "deploy_moved",
               f"{deployment.service}: {event.before} -> {deployment.state}{': ' if event.reason else ''}{event.reason}",
               deploy_id=deployment.deploy_id, service=deployment.service, status=deployment.state, error=deployment.error,
               duration_ms=deployment.duration_ms, request_id=deployment.trigger.request_id)
 
 
 def _log_command_ended(log: Log, event: CommandEnded) -> None:
-    deployment, result = event.deployment, event.result
+    deployment, result, level = event.deployment, event.result, "debug" if event.result.is_ok else "warning"
+    if not log.shows(level):
+        return
     said = f"{result.name} succeeded" if result.is_ok else result.explain()
-    log.write("info" if result.is_ok else "warning", "command_ended",
+    log.write(level, "command_ended",
               f"{deployment.service}: {result.phase} step {result.step}: {said}", deploy_id=deployment.deploy_id,
               service=deployment.service, phase=result.phase, step=result.step, attempt=result.attempt, status=result.status,
               exit_code=result.exit_code, signal=result.signal, duration_ms=result.duration_ms, request_id=deployment.trigger.request_id)
@@ -2343,22 +2400,24 @@ def log_event(log: Log, event: Event) -> None:
 # 3. A move is compare-and-set on the state; a count other than one row is a bug that raises.
 # 4. STORE returns facts and raises `storage` or `disk_full`; it never logs, publishes or sleeps.
 
-_TERMINAL_SQL = ", ".join(f"'{state}'" for state in State if state in TERMINAL)
 _ACTIVE_SQL = ", ".join(f"'{state}'" for state in State if state in ACTIVE)
 _STATES_SQL = ", ".join(f"'{state}'" for state in State)
 
+# `completed_ms IS NULL` is how a statement names what has not ended: it makes the small partial indexes apply. `seq`
+# needs no AUTOINCREMENT: the newest deployment is always within its service's retention, so no number comes twice.
 MIGRATIONS: tuple[str, ...] = (
     f"""
     CREATE TABLE deployments (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT, deploy_id TEXT NOT NULL UNIQUE, service TEXT NOT NULL,
+        seq INTEGER PRIMARY KEY, deploy_id TEXT NOT NULL UNIQUE, service TEXT NOT NULL,
         state TEXT NOT NULL CHECK (state IN ({_STATES_SQL})), image TEXT NOT NULL, previous_image TEXT,
-        metadata TEXT NOT NULL, env TEXT NOT NULL, trigger TEXT NOT NULL, digest TEXT NOT NULL, idempotency_key TEXT UNIQUE,
+        metadata TEXT NOT NULL, env TEXT NOT NULL, trigger TEXT NOT NULL, digest TEXT NOT NULL, idempotency_key TEXT,
         queued_ms INTEGER NOT NULL, started_ms INTEGER, completed_ms INTEGER, duration_ms INTEGER, deploy_ms INTEGER,
         healthcheck_ms INTEGER, rollback_ms INTEGER, phase TEXT, step INTEGER NOT NULL DEFAULT 0,
         steps_total INTEGER NOT NULL DEFAULT 0, current_step TEXT, command_no INTEGER NOT NULL DEFAULT 0, pid INTEGER,
         pid_started TEXT, error TEXT, failure_stage TEXT, rollback_reason TEXT, recoveries INTEGER NOT NULL DEFAULT 0);
-    CREATE INDEX deployments_by_state ON deployments (state);
-    CREATE INDEX deployments_by_service ON deployments (service, state);
+    CREATE UNIQUE INDEX deployments_by_key ON deployments (idempotency_key) WHERE idempotency_key IS NOT NULL;
+    CREATE INDEX deployments_open ON deployments (state, service) WHERE completed_ms IS NULL;
+    CREATE INDEX deployments_ended ON deployments (service, state) WHERE completed_ms IS NOT NULL;
     CREATE TABLE moves (
         seq INTEGER NOT NULL REFERENCES deployments ON DELETE CASCADE, n INTEGER NOT NULL, state TEXT NOT NULL,
         at_ms INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (seq, n)) WITHOUT ROWID;
@@ -2383,6 +2442,12 @@ _UPDATE = (
     "UPDATE deployments SET state=?, previous_image=?, started_ms=?, completed_ms=?, duration_ms=?, deploy_ms=?, healthcheck_ms=?, "
     "rollback_ms=?, phase=?, step=?, steps_total=?, current_step=?, command_no=?, pid=?, pid_started=?, error=?, failure_stage=?, "
     "rollback_reason=?, recoveries=? WHERE seq=? AND state=?")
+_CLAIM = (
+    f"SELECT {_COLUMNS}, (SELECT current_image FROM services WHERE name=q.service) FROM deployments AS q "
+    "WHERE completed_ms IS NULL AND state='Queued' "
+    f"AND (SELECT count(*) FROM deployments AS a WHERE a.completed_ms IS NULL AND a.state IN ({_ACTIVE_SQL})) < ? "
+    f"AND (SELECT count(*) FROM deployments AS a WHERE a.completed_ms IS NULL AND a.state IN ({_ACTIVE_SQL}) AND a.service=q.service) < ? "
+    "ORDER BY seq LIMIT 1")
 # How each ending changes what is known of a service. "Cancelled" ran nothing, so it changes neither health nor image.
 _COUNT_OF_STATE = {State.SUCCEEDED: "succeeded", State.FAILED: "failed", State.ROLLED_BACK: "rolled_back",
                    State.ROLLBACK_FAILED: "rollback_failed", State.CANCELLED: "cancelled"}
@@ -2401,6 +2466,10 @@ _SENTENCE_OF_SQLITE_ERROR = {
 # Left free so that running deployments can write their endings when new ones are refused already.
 DISK_RESERVE_BYTES = 8 << 20
 _BUSY_TIMEOUT_S = 5.0
+
+
+# A result and its number among the commands of its deployment.
+NumberedResult = tuple[int, Result]
 
 
 class Submission(NamedTuple):
@@ -2467,20 +2536,21 @@ class Store:
         self._pending: collections.deque[_Ticket] = collections.deque()
         self._writer_lock = threading.Lock()
         self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
-        self._synchronous = "FULL"
         ended_uncleanly = os.path.exists(self.path + "-wal")
         try:
-            self._writer = self._connect()
+            self._writer = self._connect("FULL")
             self._writer.execute("PRAGMA journal_mode=WAL")
             self._migrate()
+            # For what no caller was promised: its commits need no fsync of their own, the next durable one takes them along.
+            self._relaxed_writer = self._connect("NORMAL")
             if ended_uncleanly and (problem := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise HookshotError("storage", f"{self.path} is damaged ({clip(problem, 100)}); restore a backup")
         except sqlite3.Error as error:
             raise _storage_error(error) from error
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, synchronous: str) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA synchronous=FULL")
+        db.execute(f"PRAGMA synchronous={synchronous}")
         db.execute("PRAGMA foreign_keys=ON")
         return db
 
@@ -2505,6 +2575,7 @@ class Store:
                     self._readers.get_nowait().close()
                 except queue.Empty:
                     break
+            self._relaxed_writer.close()
             self._writer.close()
 
     # --- the writer and the readers
@@ -2521,9 +2592,8 @@ class Store:
         return ticket.result
 
     def _carry_out(self, tickets: Sequence[_Ticket]) -> None:
-        db = self._writer
+        db = self._writer if any(ticket.durable for ticket in tickets) else self._relaxed_writer
         try:
-            self._set_synchronous("FULL" if any(ticket.durable for ticket in tickets) else "NORMAL")
             db.execute("BEGIN IMMEDIATE")
             for ticket in tickets:
                 self._carry_out_one(db, ticket, is_alone=len(tickets) == 1)
@@ -2556,18 +2626,13 @@ class Store:
             db.execute("ROLLBACK TO one")
         db.execute("RELEASE one")
 
-    def _set_synchronous(self, mode: str) -> None:
-        if mode != self._synchronous:
-            self._writer.execute(f"PRAGMA synchronous={mode}")
-            self._synchronous = mode
-
     @contextlib.contextmanager
     def _reader(self) -> Iterator[sqlite3.Connection]:
         try:
             try:
                 db = self._readers.get_nowait()
             except queue.Empty:
-                db = self._connect()
+                db = self._connect("NORMAL")
                 db.execute("PRAGMA query_only=ON")
             try:
                 yield db
@@ -2591,8 +2656,8 @@ class Store:
                 on_busy: str) -> Submission:
         if existing := self._find_same(db, request):
             return Submission(existing, False, None)
-        counts = dict(db.execute("SELECT state, count(*) FROM deployments WHERE service=? AND state NOT IN "
-                                 f"({_TERMINAL_SQL}) GROUP BY state", (request.service,)).fetchall())
+        counts = dict(db.execute("SELECT state, count(*) FROM deployments WHERE completed_ms IS NULL AND service=? GROUP BY state",
+                                 (request.service,)).fetchall())
         queued = counts.pop(State.QUEUED, 0)
         superseded: tuple[Deployment, ...] = ()
         if on_busy == "replace":
@@ -2627,7 +2692,8 @@ class Store:
         return None
 
     def _supersede(self, db: sqlite3.Connection, service: str, at_ms: int) -> tuple[Deployment, ...]:
-        rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE service=? AND state='Queued' ORDER BY seq", (service,)).fetchall()
+        rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE completed_ms IS NULL AND state='Queued' AND service=? "
+                          "ORDER BY seq", (service,)).fetchall()
         return tuple(self._move(db, _deployment_of(row), Outcome.CANCELLED, "superseded by a newer deployment", at_ms) for row in rows)
 
     # --- carrying out
@@ -2637,32 +2703,25 @@ class Store:
         return self._write(lambda db: self._claim(db, at_ms, limits), durable=True)
 
     def _claim(self, db: sqlite3.Connection, at_ms: int, limits: Limits) -> Deployment | None:
-        active = db.execute(f"SELECT count(*) FROM deployments WHERE state IN ({_ACTIVE_SQL})").fetchone()[0]
-        if active >= limits.max_concurrent_total:
-            return None
-        row = db.execute(
-            f"SELECT {_COLUMNS} FROM deployments AS q WHERE state='Queued' AND (SELECT count(*) FROM deployments AS a "
-            f"WHERE a.service=q.service AND a.state IN ({_ACTIVE_SQL})) < ? ORDER BY seq LIMIT 1",
-            (limits.max_concurrent_per_service,)).fetchone()
+        row = db.execute(_CLAIM, (limits.max_concurrent_total, limits.max_concurrent_per_service)).fetchone()
         if not row:
             return None
-        queued = _deployment_of(row)
-        last_good = db.execute("SELECT current_image FROM services WHERE name=?", (queued.service,)).fetchone()
-        previous = choose_previous_image(queued.image, queued.previous_image, last_good and last_good[0])
+        queued, last_good = _deployment_of(row[:-1]), row[-1]
+        previous = choose_previous_image(queued.image, queued.previous_image, last_good)
         return self._move(db, queued, Outcome.CLAIMED, "its turn has come", at_ms, started_ms=at_ms, previous_image=previous)
 
-    def move(self, deployment: Deployment, outcome: Outcome, reason: str, at_ms: int, **changes: Any) -> Deployment:
-        """Move a deployment on, as TRANSITIONS says, with changed fields; durable if it ends. Returns the new record."""
-        durable = advance(deployment.state, outcome) in TERMINAL
-        return self._write(lambda db: self._move(db, deployment, outcome, reason, at_ms, **changes), durable=durable)
+    def move(self, deployment: Deployment, outcome: Outcome, reason: str, at_ms: int, results: Sequence[NumberedResult] = (), *,
+             then_claim: Limits | None = None, **changes: Any) -> tuple[Deployment, Deployment | None]:
+        """Move a deployment on, as TRANSITIONS says, with changed fields and the results so far; durable if it ends.
 
-    def finish_and_claim(self, deployment: Deployment, outcome: Outcome, reason: str, at_ms: int, *, limits: Limits,
-                         **changes: Any) -> tuple[Deployment, Deployment | None]:
-        """End a deployment and take the next one in the same durable transaction: one fsync instead of two."""
+        Returns the new record and, with `then_claim`, the next deployment, taken in the same transaction: one fsync
+        instead of two.
+        """
         def work(db: sqlite3.Connection) -> tuple[Deployment, Deployment | None]:
-            return self._move(db, deployment, outcome, reason, at_ms, **changes), self._claim(db, at_ms, limits)
+            self._add_results(db, deployment, results)
+            return self._move(db, deployment, outcome, reason, at_ms, **changes), then_claim and self._claim(db, at_ms, then_claim)
 
-        return self._write(work, durable=True)
+        return self._write(work, durable=advance(deployment.state, outcome) in TERMINAL)
 
     def _move(self, db: sqlite3.Connection, before: Deployment, outcome: Outcome, reason: str, at_ms: int, **changes: Any) -> Deployment:
         after = before._replace(state=advance(before.state, outcome), **changes)
@@ -2691,43 +2750,47 @@ class Store:
 
     @staticmethod
     def _count(db: sqlite3.Connection, ended: Deployment) -> None:
-        db.execute("INSERT OR IGNORE INTO services (name) VALUES (?)", (ended.service,))
         column = _COUNT_OF_STATE[ended.state]
-        db.execute(f"UPDATE services SET {column}={column}+1, last_deploy_id=?, last_status=?, last_completed_ms=? WHERE name=?",
-                   (ended.deploy_id, ended.state, ended.completed_ms, ended.service))
-        if ended.state is State.CANCELLED:
-            return
         image = {State.SUCCEEDED: ended.image, State.ROLLED_BACK: ended.previous_image}.get(ended.state)
-        failed_ms = None if ended.state is State.SUCCEEDED else ended.completed_ms
-        db.execute("UPDATE services SET current_image=coalesce(?, current_image), last_failure_ms=coalesce(?, last_failure_ms), "
-                   "health=?, duration_ms=duration_ms+? WHERE name=?",
-                   (image, failed_ms, _HEALTH_OF_STATE[ended.state], ended.duration_ms or 0, ended.service))
+        failed_ms = ended.completed_ms if ended.state in (State.FAILED, State.ROLLED_BACK, State.ROLLBACK_FAILED) else None
+        health = _HEALTH_OF_STATE.get(ended.state)
+        db.execute(f"INSERT INTO services (name, {column}, last_deploy_id, last_status, last_completed_ms, current_image, last_failure_ms, "
+                   "health, duration_ms) VALUES (?1, 1, ?2, ?3, ?4, ?5, ?6, coalesce(?7, 'Unknown'), ?8) ON CONFLICT (name) DO UPDATE SET "
+                   f"{column}={column}+1, last_deploy_id=?2, last_status=?3, last_completed_ms=?4, current_image=coalesce(?5, current_image), "
+                   "last_failure_ms=coalesce(?6, last_failure_ms), health=coalesce(?7, health), duration_ms=duration_ms+?8",
+                   (ended.service, ended.deploy_id, ended.state, ended.completed_ms, image, failed_ms, health,
+                    ended.duration_ms or 0 if health else 0))
 
-    def note_progress(self, deployment: Deployment) -> None:
-        """Record which command runs now, and as which process, so that a restart can find what is left of it."""
-        self._write(lambda db: self._update(db, deployment, deployment), durable=False)
+    def note_progress(self, deployment: Deployment, results: Sequence[NumberedResult] = (), passed: Move | None = None) -> None:
+        """Record which command runs now and as which process, so that a restart can find what is left of it.
 
-    def add_result(self, deployment: Deployment, result: Result) -> None:
-        """Record how a command or probe ended."""
+        With it go the results since the last write, and the move to this state (`passed`) if the command is the first.
+        """
         def work(db: sqlite3.Connection) -> None:
-            db.execute("INSERT INTO commands (seq, n, phase, step, name, command, attempt, status, exit_code, signal, started_ms, "
-                       "duration_ms, stdout, stderr, note, critical) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                       (deployment.seq, deployment.command_no, result.phase, result.step, result.name, result.command, result.attempt,
-                        result.status, result.exit_code, result.signal, result.started_ms, result.duration_ms, result.stdout,
-                        result.stderr, result.note, result.critical))
-            self._update(db, deployment, deployment._replace(pid=None, pid_started=None))
+            before = deployment._replace(state=State.VALIDATING) if passed else deployment
+            self._update(db, before, deployment)
+            if passed:
+                self._add_move(db, deployment, passed.at_ms, passed.reason)
+            self._add_results(db, deployment, results)
 
         self._write(work, durable=False)
+
+    @staticmethod
+    def _add_results(db: sqlite3.Connection, deployment: Deployment, results: Sequence[NumberedResult]) -> None:
+        db.executemany("INSERT INTO commands (seq, n, phase, step, name, command, attempt, status, exit_code, signal, started_ms, "
+                       "duration_ms, stdout, stderr, note, critical) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                       [(deployment.seq, number, *result) for number, result in results])
 
     def expire(self, at_ms: int, *, lock_timeout_s: int) -> tuple[Deployment, ...]:
         """Cancel what has waited in the queue for longer than lock_timeout; return it."""
         oldest_ms = at_ms - lock_timeout_s * 1000
         with self._reader() as db:
-            if not db.execute("SELECT 1 FROM deployments WHERE state='Queued' AND queued_ms < ? LIMIT 1", (oldest_ms,)).fetchone():
+            if not db.execute("SELECT 1 FROM deployments WHERE completed_ms IS NULL AND state='Queued' AND queued_ms < ? LIMIT 1", (oldest_ms,)).fetchone():
                 return ()
 
         def work(db: sqlite3.Connection) -> tuple[Deployment, ...]:
-            rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE state='Queued' AND queued_ms < ?", (oldest_ms,)).fetchall()
+            rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE completed_ms IS NULL AND state='Queued' "
+                              "AND queued_ms < ?", (oldest_ms,)).fetchall()
             reason = f"expired: it waited longer than lock_timeout ({lock_timeout_s} s) for its turn"
             return tuple(self._move(db, _deployment_of(row), Outcome.CANCELLED, reason, at_ms, error=reason) for row in rows)
 
@@ -2737,7 +2800,7 @@ class Store:
 
     def unfinished(self) -> tuple[Deployment, ...]:
         """Return what was running when the last server ended, oldest first."""
-        return self._select(f"WHERE state IN ({_ACTIVE_SQL}) ORDER BY seq", ())
+        return self._select(f"WHERE completed_ms IS NULL AND state IN ({_ACTIVE_SQL}) ORDER BY seq", ())
 
     def get(self, deploy_id: str) -> Deployment | None:
         """Return a deployment as it is on disk now."""
@@ -2777,8 +2840,7 @@ class Store:
         """Return how many deployments wait and run, by service: {"web": {"queued": 2, "active": 1}}."""
         counts: dict[str, dict[str, int]] = {}
         with self._reader() as db:
-            rows = db.execute(f"SELECT service, state='Queued', count(*) FROM deployments WHERE state IN ('Queued', {_ACTIVE_SQL}) "
-                              "GROUP BY 1, 2").fetchall()
+            rows = db.execute("SELECT service, state='Queued', count(*) FROM deployments WHERE completed_ms IS NULL GROUP BY 1, 2").fetchall()
         for service, is_queued, number in rows:
             counts.setdefault(service, {"queued": 0, "active": 0})["queued" if is_queued else "active"] = number
         return counts
@@ -2798,9 +2860,9 @@ class Store:
         """Remove up to `batch` deployments of a service beyond its retention, logs first; return how many."""
         with self._reader() as db:
             rows = db.execute(
-                "SELECT seq FROM (SELECT seq FROM deployments WHERE service=?1 AND state='Succeeded' ORDER BY seq DESC LIMIT -1 OFFSET ?2) "
-                "UNION ALL SELECT seq FROM (SELECT seq FROM deployments WHERE service=?1 AND state IN "
-                f"({_TERMINAL_SQL}) AND state<>'Succeeded' ORDER BY seq DESC LIMIT -1 OFFSET ?3) LIMIT ?4",
+                "SELECT seq FROM (SELECT seq FROM deployments WHERE completed_ms IS NOT NULL AND service=?1 AND state='Succeeded' "
+                "ORDER BY seq DESC LIMIT -1 OFFSET ?2) UNION ALL SELECT seq FROM (SELECT seq FROM deployments WHERE completed_ms "
+                "IS NOT NULL AND service=?1 AND state<>'Succeeded' ORDER BY seq DESC LIMIT -1 OFFSET ?3) LIMIT ?4",
                 (service, retention.successful_deploys, retention.failed_deploys, batch)).fetchall()
         for (seq,) in rows:
             with contextlib.suppress(FileNotFoundError):
@@ -3056,25 +3118,42 @@ class DeploymentLog:
     """
 
     def __init__(self, path: str, limit_bytes: int):
+        self._path = path
         self._limit = limit_bytes - min(_TAIL_BYTES, limit_bytes // 4)
         self._tail_limit = limit_bytes - self._limit
         self._tail: collections.deque[tuple[str, bytes]] = collections.deque()
         self._tail_bytes = 0
         self._cut_bytes = 0
         self._lost = 0
+        self._unwritten: list[str] = []
         self._descriptor = -1
         self._size = 0
         with contextlib.suppress(OSError):
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            self._size = os.fstat(self._descriptor).st_size
+            self._size = os.stat(path).st_size
 
     def note(self, phase: str, text: str) -> None:
-        """Write a line of the engine's own."""
+        """Add a line of the engine's own; it is written with the next output or flush()."""
         self._add(f"{render_time(now_ms())} {phase} -- ", text.encode("utf-8", "replace") + b"\n")
 
     def output(self, phase: str, stream: str, block: bytes) -> None:
         """Write whole lines of a command's output, already masked."""
         self._add(f"{render_time(now_ms())} {phase} {stream} ", block)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what was noted. The file is created here: that costs a disk more than all else before a command starts."""
+        if not self._unwritten:
+            return
+        content = "".join(self._unwritten).encode("utf-8", "replace")
+        self._unwritten.clear()
+        try:
+            if self._descriptor < 0:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._descriptor = os.open(self._path, flags, 0o600)
+            while content:
+                content = content[os.write(self._descriptor, content) :]
+        except OSError:
+            self._lost += 1
 
     def close(self) -> None:
         """Write what was kept of the end of a flood, and close the file; again is nothing."""
@@ -3088,6 +3167,7 @@ class DeploymentLog:
         if self._lost:
             self._write(f"{render_time(now_ms())} log -- {self._lost} writes to this log failed; lines are missing\n")
             self._lost = 0
+        self.flush()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -3106,12 +3186,8 @@ class DeploymentLog:
             self._cut_bytes += dropped
 
     def _write(self, text: str) -> None:
-        content = text.encode("utf-8", "replace")
-        self._size += len(content)
-        try:
-            os.write(self._descriptor, content)
-        except OSError:
-            self._lost += 1
+        self._size += len(text)
+        self._unwritten.append(text)
 
 
 def _prefix_lines(prefix: str, block: bytes) -> str:
@@ -3406,38 +3482,56 @@ class Current(NamedTuple):
     keyring: Keyring
 
 
+class Waiter:
+    """One thread's wait for the end of one deployment."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.deployment: Deployment | None = None
+
+    def tell(self, deployment: Deployment) -> None:
+        """Give the ended deployment to whoever waits."""
+        self.deployment = deployment
+        self._event.set()
+
+    def wait(self, seconds: float) -> Deployment | None:
+        """Return the ended deployment, or None after `seconds`."""
+        self._event.wait(seconds)
+        return self.deployment
+
+
 class Waiters:
     """Lets threads wait for a deployment's end. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._events: dict[str, list[threading.Event]] = {}
+        self._waiters: dict[str, list[Waiter]] = {}
 
     @contextlib.contextmanager
-    def waiting_for(self, deploy_id: str) -> Iterator[threading.Event]:
-        """Give an event that is set when the deployment ends; look at its state after entering, before waiting."""
-        event = threading.Event()
+    def waiting_for(self, deploy_id: str) -> Iterator[Waiter]:
+        """Give a waiter for the deployment's end; look at its state after entering, before waiting."""
+        waiter = Waiter()
         with self._lock:
-            self._events.setdefault(deploy_id, []).append(event)
+            self._waiters.setdefault(deploy_id, []).append(waiter)
         try:
-            yield event
+            yield waiter
         finally:
             with self._lock:
-                self._events[deploy_id].remove(event)
-                if not self._events[deploy_id]:
-                    del self._events[deploy_id]
+                self._waiters[deploy_id].remove(waiter)
+                if not self._waiters[deploy_id]:
+                    del self._waiters[deploy_id]
 
     def is_waited_for(self) -> bool:
         """Return whether anyone waits."""
         with self._lock:
-            return bool(self._events)
+            return bool(self._waiters)
 
     def tell(self, event: Event) -> None:
         """Wake whoever waits for a deployment that has just ended."""
         if isinstance(event, Moved) and event.deployment.is_terminal:
             with self._lock:
-                for waiter in self._events.get(event.deployment.deploy_id, ()):
-                    waiter.set()
+                for waiter in self._waiters.get(event.deployment.deploy_id, ()):
+                    waiter.tell(event.deployment)
 
 
 class _Interrupted(Exception):
@@ -3457,6 +3551,9 @@ class _Job:
         self._phase_started = self._started
         self._plan: Plan | None = None
         self._next: Deployment | None = None
+        # What the next write takes along: waiting for it costs a crash only the last lines, and saves two commits.
+        self._unwritten_results: list[NumberedResult] = []
+        self._unwritten_move: Move | None = None
 
     def carry_out(self, *, is_interrupted: bool = False) -> Deployment | None:
         """Take the deployment to its end, and return the next one, claimed with that; _Interrupted if stopped."""
@@ -3469,6 +3566,8 @@ class _Job:
                 steps[self._deployment.state]()
         except _Interrupted:
             self._log.note("engine", "stopped by the server's shutdown; the next start recovers it")
+            with contextlib.suppress(HookshotError):
+                self._write_progress()
             raise
         except Exception as error:
             # A bug must not leave a deployment without a worker: it would hold its service's place for ever.
@@ -3487,7 +3586,7 @@ class _Job:
         verdict = judge_interruption(deployment, recovery, can_roll_back=bool(self._plan and self._plan.can_roll_back))
         self._deployment = deployment._replace(recoveries=deployment.recoveries + 1, pid=None, pid_started=None)
         if verdict is None:
-            self._persist(lambda: self._store.note_progress(self._deployment))
+            self._persist(self._write_progress)
         elif verdict.outcome is Outcome.RETRIED:
             self._move(Outcome.RETRIED, verdict.reason, phase=None, step=0, current_step=None)
         elif deployment.state is State.ROLLING_BACK:
@@ -3506,7 +3605,10 @@ class _Job:
         commands = self._plan.commands
         self._log.note("engine", f"{self._deployment.service} {self._deployment.image} "
                                  f"(previous image: {self._deployment.previous_image or 'none'})")
-        self._move(Outcome.PASSED, "", steps_total=len(commands[Phase.PRE_DEPLOY]) + len(commands[Phase.DEPLOY]))
+        # Written with the start of the first command: nothing has run before it, so nothing is lost by waiting.
+        self._unwritten_move = Move(advance(self._deployment.state, Outcome.PASSED), now_ms(), "the plan is made")
+        self._deployment = self._deployment._replace(state=self._unwritten_move.state,
+                                                     steps_total=len(commands[Phase.PRE_DEPLOY]) + len(commands[Phase.DEPLOY]))
 
     def _make_plan(self) -> str | None:
         """Work the plan out, or return why there is none."""
@@ -3579,43 +3681,49 @@ class _Job:
 
     # --- moving on
 
-    def _move(self, outcome: Outcome, reason: str, **changes: Any) -> None:
-        before = self._deployment
-        self._deployment = self._persist(lambda: self._store.move(before, outcome, reason, now_ms(), **changes))
-        self._announce(before, reason)
+    def _move(self, outcome: Outcome, reason: str, *, claims_next: bool = False, **changes: Any) -> None:
+        if self._unwritten_move:
+            self._persist(self._write_progress)
+        before, results, at_ms = self._deployment, tuple(self._unwritten_results), now_ms()
+        limits = self._engine.current().config.limits if claims_next and not self._engine.is_draining else None
+        self._deployment, self._next = self._persist(
+            lambda: self._store.move(before, outcome, reason, at_ms, results, then_claim=limits, **changes))
+        self._announce_results()
+        self._publish(Moved(self._deployment, before.state, reason))
+        if self._next:
+            self._publish(Moved(self._next, State.QUEUED, "its turn has come"))
 
     def _end(self, outcome: Outcome, reason: str, **changes: Any) -> None:
         """Run the on_failure hooks if it failed, then make the last move; the next deployment comes with it."""
-        before = self._deployment
-        state = advance(before.state, outcome)
+        state = advance(self._deployment.state, outcome)
         if state is not State.SUCCEEDED:
-            error = reason if state is not State.ROLLED_BACK else before.error or reason
+            error = reason if state is not State.ROLLED_BACK else self._deployment.error or reason
             changes.setdefault("error", error)
             self._run_phase(Phase.ON_FAILURE, status=state, error=error)
-            before = self._deployment
-        at_ms = now_ms()
-        changes["duration_ms"] = self._duration_ms(at_ms)
         self._log.note("engine", f"{state}: {reason}")
         # Whoever follows the log ends when the deployment does: the last line has to be there by then.
         self._log.close()
-        if self._engine.is_draining:
-            self._deployment = self._persist(lambda: self._store.move(before, outcome, reason, at_ms, **changes))
-        else:
-            limits = self._engine.current().config.limits
-            self._deployment, self._next = self._persist(
-                lambda: self._store.finish_and_claim(before, outcome, reason, at_ms, limits=limits, **changes))
-        self._announce(before, reason)
-        if self._next:
-            self._publish(Moved(self._next, State.QUEUED, "its turn has come"))
+        self._move(outcome, reason, claims_next=True, duration_ms=self._duration_ms(now_ms()), **changes)
+
+    def _write_progress(self) -> None:
+        """Write what runs now, with what has not been written yet; raises like every write."""
+        deployment, moved = self._deployment, self._unwritten_move
+        self._store.note_progress(deployment, tuple(self._unwritten_results), moved)
+        self._unwritten_move = None
+        self._announce_results()
+        if moved:
+            self._publish(Moved(deployment, State.VALIDATING, moved.reason))
+
+    def _announce_results(self) -> None:
+        for _, result in self._unwritten_results:
+            self._publish(CommandEnded(self._deployment, result))
+        self._unwritten_results.clear()
 
     def _duration_ms(self, at_ms: int) -> int:
         if self._deployment.recoveries:
             # The monotonic clock of the server that began it is gone.
             return max(0, at_ms - (self._deployment.started_ms or at_ms))
         return int((time.monotonic() - self._started) * 1000)
-
-    def _announce(self, before: Deployment, reason: str) -> None:
-        self._publish(Moved(self._deployment, before.state, reason))
 
     def _phase_ms(self) -> int:
         return int((time.monotonic() - self._phase_started) * 1000)
@@ -3681,18 +3789,17 @@ class _Job:
         return self._record(result._replace(critical=command.critical))
 
     def _note_started(self, pid: int) -> None:
-        process = read_process(pid)
-        self._deployment = self._deployment._replace(pid=pid, pid_started=process and process.identity)
+        self._deployment = self._deployment._replace(pid=pid, pid_started=birth_now())
         with contextlib.suppress(HookshotError):
             # The disk may be full: then the command runs on unrecorded, and recovery finds it by its environment.
-            self._store.note_progress(self._deployment)
+            self._write_progress()
+        self._log.flush()
 
     def _record(self, result: Result) -> Result:
         self._log.note(result.phase, f"{result.name} succeeded in {render_duration(result.duration_ms)}" if result.is_ok
                        else result.explain() + ("" if result.critical else "; it is not critical, so the deployment goes on"))
-        self._persist(lambda: self._store.add_result(self._deployment, result))
         self._deployment = self._deployment._replace(pid=None, pid_started=None)
-        self._publish(CommandEnded(self._deployment, result))
+        self._unwritten_results.append((self._deployment.command_no, result))
         return result
 
     def _watch_health(self, deadline: float) -> str | None:
@@ -3729,8 +3836,11 @@ class _Job:
         return None
 
     def _sleep(self, seconds: float) -> None:
-        if seconds > 0 and self._stop.wait(seconds):
-            raise _Interrupted
+        if seconds > 0:
+            self._log.flush()
+            self._persist(self._write_progress)
+            if self._stop.wait(seconds):
+                raise _Interrupted
 
 
 class Engine:
@@ -3742,7 +3852,7 @@ class Engine:
         self.is_draining = False
         self._wakeup = threading.Condition()
         # One hint is one look at the queue. Writes are serial, so a deployment that can start is seen either by the
-        # worker that frees its place (finish_and_claim) or by the submit that queued it, which then leaves a hint.
+        # worker that frees its place (its last move claims too) or by the submit that queued it, which then leaves a hint.
         self._hints = 0
         self._interrupted: collections.deque[Deployment] = collections.deque()
         self._workers: list[tuple[threading.Thread, StopToken]] = []
@@ -3895,7 +4005,7 @@ def find_leftovers(deployments: Iterable[Deployment]) -> list[int]:
     groups = set()
     for process in list_processes():
         recorded = by_pid.get(process.pid)
-        if recorded and recorded.pid_started == process.identity:
+        if recorded and was_born(process, recorded.pid_started):
             groups.add(process.pgid)
             continue
         environment = read_environment(process.pid)
@@ -4173,12 +4283,11 @@ def _answer_submission(app: App, request: Request, submission: Submission, wait_
 def _wait_for_end(app: App, request: Request, deployment: Deployment, seconds: int) -> Deployment:
     """Return the deployment as it is when it ended, time is up, the client has gone, or the server closes."""
     deadline = time.monotonic() + seconds
-    with app.waiters.waiting_for(deployment.deploy_id) as ended:
+    with app.waiters.waiting_for(deployment.deploy_id) as waiter:
         latest = app.store.get(deployment.deploy_id) or deployment
         while not latest.is_terminal and not app.is_closing and (left_s := deadline - time.monotonic()) > 0:
-            if ended.wait(min(left_s, 1.0)) or left_s <= 1.0:
-                latest = app.store.get(deployment.deploy_id) or deployment
-            elif request.is_gone():
+            latest = waiter.wait(min(left_s, 1.0)) or latest
+            if request.is_gone():
                 break
     return latest
 
@@ -4351,10 +4460,10 @@ def _read_log(app: App, request: Request, deployment: Deployment, path: str, sta
     """Yield (offset after it, chunk) from `start` on; with `follows` until the deployment has ended, b"" when idle."""
     file = None
     try:
-        with app.waiters.waiting_for(deployment.deploy_id) as ended:
+        with app.waiters.waiting_for(deployment.deploy_id) as waiter:
             is_over = not follows or (app.store.get(deployment.deploy_id) or deployment).is_terminal
             while True:
-                is_over = is_over or ended.is_set()
+                is_over = is_over or waiter.deployment is not None
                 if file is None and os.path.exists(path):
                     file = open(path, "rb", buffering=0)
                     file.seek(start)
@@ -4366,7 +4475,7 @@ def _read_log(app: App, request: Request, deployment: Deployment, path: str, sta
                     return
                 else:
                     yield start, b""
-                    ended.wait(_FOLLOW_PAUSE_S)
+                    waiter.wait(_FOLLOW_PAUSE_S)
     finally:
         if file:
             file.close()
@@ -5049,6 +5158,7 @@ class Daemon:
 
     def _keep_house(self) -> None:
         secrets_at = time.monotonic()
+        return_memory()
         while not self._house_stop.wait(_HOUSE_TURN_S):
             try:
                 self.engine.keep_house()

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Resident memory of the server, idle and after each 500 of 3,000 deployments: archive with byte code, and source."""
+
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+from common import ROOT, Link, announce, make_host, service, signed_request
+
+
+def resident_mb(pid: int) -> float:
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
+
+
+def measure(*program: str) -> None:
+    """Print the memory of one server over its deployments."""
+    host = make_host(service('["echo", "{{IMAGE}}"]')).start(program=(sys.executable, *program))
+    try:
+        time.sleep(3)
+        found = [resident_mb(host.process.pid)]
+        link = Link(host.port)
+        for number in range(1, 3001):
+            link.send(signed_request({"service": "web", "image": "app:1", "deploy_id": f"d{number}"}, query="?wait=30"))
+            status, body = link.receive()
+            assert status == 200, body
+            if number % 500 == 0:
+                found.append(resident_mb(host.process.pid))
+    finally:
+        host.close()
+    print(f"  {pathlib.Path(program[0]).name:12} " + "  ".join(f"{value:5.1f}" for value in found), flush=True)
+
+
+def main() -> None:
+    announce("Resident memory of the server in MB: idle, then after 500, 1000, ... 3000 deployments")
+    with tempfile.TemporaryDirectory() as folder:
+        archive = str(pathlib.Path(folder, "hookshot.pyz"))
+        subprocess.run([sys.executable, str(ROOT / "build_zipapp.py"), "--output", archive, "--python", sys.executable], check=True,
+                       capture_output=True)
+        measure(archive)
+        measure(str(ROOT / "hookshot.py"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
