@@ -3091,7 +3091,7 @@ class StopToken:
 
     def set(self, reason: str) -> None:
         """Ask once: "shutdown" lets a command clean up, "now" kills it. Any thread."""
-        self.reason = reason
+        self.reason = "now" if self.reason == "now" else reason
         with contextlib.suppress(OSError):
             os.write(self._write, b"!")
 
@@ -3287,6 +3287,8 @@ def _why_not_started(error: Exception, launch: Launch) -> str:
         return f"could not start: its working directory {launch.cwd} does not exist"
     if isinstance(error, FileNotFoundError):
         return "could not start: the program is not found; check the name and PATH"
+    if isinstance(error, PermissionError) and launch.nice < 0 and os.geteuid() != 0:
+        return f"could not start: only root can run commands with nice {launch.nice}"
     if isinstance(error, PermissionError) and launch.account and os.geteuid() != 0:
         return f"could not start: only root can run commands as user {launch.account.name}"
     if isinstance(error, PermissionError):
@@ -3446,7 +3448,8 @@ def _probe_http(check: HttpCheck) -> str:
     with contextlib.closing(client):
         client.request("GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")),
                        headers={"User-Agent": f"hookshot/{__version__}", "Connection": "close"})
-        client.sock and client.sock.settimeout(max(0.001, deadline - time.monotonic()))
+        if client.sock:
+            client.sock.settimeout(max(0.001, deadline - time.monotonic()))
         answer = client.getresponse()
         body = b""
         while check.contains is not None and len(body) < 1 << 16 and (piece := answer.read1(1 << 14)):
@@ -3489,8 +3492,8 @@ class Waiter:
         self._event = threading.Event()
         self.deployment: Deployment | None = None
 
-    def tell(self, deployment: Deployment) -> None:
-        """Give the ended deployment to whoever waits."""
+    def tell(self, deployment: Deployment | None) -> None:
+        """Give the ended deployment to whoever waits; None ends the wait without one."""
         self.deployment = deployment
         self._event.set()
 
@@ -3521,10 +3524,13 @@ class Waiters:
                 if not self._waiters[deploy_id]:
                     del self._waiters[deploy_id]
 
-    def is_waited_for(self) -> bool:
-        """Return whether anyone waits."""
+    def release(self) -> int:
+        """Let everyone stop waiting because the server closes; return how many that are."""
         with self._lock:
-            return bool(self._waiters)
+            waiters = [waiter for waiting in self._waiters.values() for waiter in waiting]
+        for waiter in waiters:
+            waiter.tell(None)
+        return len(waiters)
 
     def tell(self, event: Event) -> None:
         """Wake whoever waits for a deployment that has just ended."""
@@ -4422,7 +4428,7 @@ def handle_logs(app: App, request: Request) -> Response:
     path = app.store.log_path(deployment)
     is_sse = "text/event-stream" in request.headers.get("accept", "")
     follows = is_sse or request.query.get("follow", "0") not in ("0", "false")
-    if not os.path.exists(path) and deployment.is_terminal:
+    if not os.path.exists(path) and deployment.is_terminal and not is_sse:
         raise HookshotError("not_found", f"the log of {deployment.deploy_id} is gone (storage.retention.log_days), or nothing ever ran")
     start = 0
     if "tail" in request.query:
@@ -4510,13 +4516,16 @@ def handle_health(app: App, request: Request) -> Response:
 
 def _examine(app: App) -> dict[str, Any]:
     config = app.current().config
-    free, workers = free_bytes(config.storage.data_dir), app.engine.alive_workers()
+    workers, free = app.engine.alive_workers(), 0
+    counts: dict[str, dict[str, int]] = {}
+    size, database = None, "ok"
     try:
-        counts, size, database = app.store.queue_counts(), app.store.size_bytes(), "ok"
+        free = free_bytes(config.storage.data_dir)
+        counts, size = app.store.queue_counts(), app.store.size_bytes()
     except HookshotError as error:
-        counts, size, database = {}, None, error.sentence
+        database = error.sentence
     except OSError as error:
-        counts, size, database = {}, None, f"the database file cannot be read: {error.strerror}"
+        database = f"the data directory cannot be read: {error.strerror}"
     expected = config.server.worker_threads
     checks = {
         "database": database,
@@ -4926,11 +4935,12 @@ class HttpServer(http.server.ThreadingHTTPServer):
 # Builds the parts, runs them, takes them down again. The only place that wires; owns what is in force and the signals.
 #
 # 1. Nothing is bound, locked or created before the configuration is known to be right.
-# 2. A signal handler only puts a number into a queue; the main loop acts.
+# 2. A signal only puts its number into a pipe; the main loop acts.
 # 3. Shutdown: no new deploys, wait for the running ones up to shutdown_timeout, then stop them for recovery.
 
 _HOUSE_TURN_S = 1.0
-_CLOSE_S = 1.0
+# For requests that wait for a deployment's end to send the answer that it goes on after the restart.
+_CLOSE_S = 0.3
 
 
 class Settings(NamedTuple):
@@ -5008,6 +5018,31 @@ def _check_programs(service: Service, path: str, place: Place) -> None:
                 at.problem(f"the program {program.text} is not found on PATH ({path})")
 
 
+class Signals:
+    """The signals received, in order. Main thread only.
+
+    The kernel may hand a signal to any thread, and Python's handler runs only in the main one, once something wakes
+    it. So the C-level handler writes the number into a pipe (signal.set_wakeup_fd), and the main thread polls that.
+    """
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+
+    def catch(self, *numbers: int) -> None:
+        """Receive these signals from now on, instead of what they would do."""
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, lambda number, frame: None)
+
+    def get(self, timeout_s: float | None) -> int | None:
+        """Return the next signal's number, or None after `timeout_s` (None: wait for ever)."""
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
+        return os.read(self._read, 1)[0] if poll.poll(None if timeout_s is None else timeout_s * 1000) else None
+
+
 class Daemon:
     """One server: its parts, built together. start(), then stop(); run() does both around the signals."""
 
@@ -5020,7 +5055,7 @@ class Daemon:
         self._current = self._load()
         self.log = Log(self._current.config.logging.level, self._current.config.logging.format)
         self.log.masker = self._current.keyring.masker
-        self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.signals = Signals()
         self.waiters = Waiters()
         self._parts = contextlib.ExitStack()
         self._house_stop = threading.Event()
@@ -5091,15 +5126,17 @@ class Daemon:
         self.publish(Noted("draining", f"shutting down; running deployments get {self._current.config.server.shutdown_timeout} s"))
         deadline = time.monotonic() + self._current.config.server.shutdown_timeout
         while not self.engine.join(0.05) and time.monotonic() < deadline:
-            if self._next_signal(0.0) in (signal.SIGTERM, signal.SIGINT):
+            if self.signals.get(0.0) in (signal.SIGTERM, signal.SIGINT):
                 self.engine.stop("now")
+                self.engine.join(KILL_AFTER_S)
                 break
         if not self.engine.join(0):
             self.engine.stop("shutdown")
             self.engine.join(KILL_AFTER_S + 2)
         self._house_stop.set()
         self.app.is_closing = True
-        time.sleep(min(_CLOSE_S, 0.3 if self.waiters.is_waited_for() else 0.0))
+        if self.waiters.release():
+            time.sleep(_CLOSE_S)
         self._server.shutdown()
         self._server.server_close()
         self._parts.close()
@@ -5107,19 +5144,12 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; SIGHUP reads files and secrets again. Main thread only."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, frame: self.signals.put(number))
+        self.signals.catch(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self.start()
-        while (number := self._next_signal(None)) not in (signal.SIGTERM, signal.SIGINT):
+        while (number := self.signals.get(None)) not in (signal.SIGTERM, signal.SIGINT):
             if number == signal.SIGHUP:
                 self.reload()
         self.stop()
-
-    def _next_signal(self, timeout_s: float | None) -> int | None:
-        try:
-            return self.signals.get(timeout=timeout_s) if timeout_s is None or timeout_s > 0 else self.signals.get_nowait()
-        except queue.Empty:
-            return None
 
     def reload(self) -> bool:
         """Read files and secrets again and swap them whole; keep the old ones if anything is wrong with the new."""
@@ -5718,8 +5748,7 @@ def demo(args: argparse.Namespace) -> int:
         paths = write_sample(home, sample, values, key)
         write_private_file(os.path.join(home, "release.sh"), DEMO_SCRIPT)
         daemon = Daemon(paths[0], paths[1], environ=environ)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: daemon.signals.put(number))
+        daemon.signals.catch(signal.SIGTERM, signal.SIGINT)
         daemon.start()
         try:
             client = Client(daemon.url, key.encode(), None)
@@ -5729,7 +5758,7 @@ def demo(args: argparse.Namespace) -> int:
                   f"Look at them while this runs:\n  {daemon.url}/services\n  {daemon.url}/deployments", flush=True)
             if not args.once:
                 print("Press Ctrl-C to stop and to remove everything.", flush=True)
-                daemon.signals.get()
+                daemon.signals.get(None)
         finally:
             daemon.stop()
     return EXIT_OK if ended_well else 1

@@ -11,13 +11,14 @@ import http.client
 import os
 import pathlib
 import random
+import shutil
 import signal
 import sqlite3
 import sys
 import threading
 import time
 
-from common import announce, make_host
+from common import ROOT, announce, make_host
 
 import hookshot
 from support import Host, wait_until
@@ -68,11 +69,16 @@ def fire(host: Host, round_number: int, acknowledged: set[str], stop: threading.
         stop.wait(chance.random() * 0.02)
 
 
+def start(host: Host) -> None:
+    """Start the copy that main() made: an edit of hookshot.py meanwhile must not be taken for a crash."""
+    host.start(program=(sys.executable, str(host.folder / "hookshot.py")))
+
+
 def play(host: Host, chance: random.Random) -> set[str]:
     """Play every round and return what was acknowledged."""
     acknowledged: set[str] = set()
     for number in range(ROUNDS):
-        host.start()
+        start(host)
         stop = threading.Event()
         clients = [threading.Thread(target=fire, args=(host, number, acknowledged, stop, random.Random(chance.random())), name=f"c{index}")
                    for index in range(3)]
@@ -90,7 +96,7 @@ def play(host: Host, chance: random.Random) -> set[str]:
 
 def settle(host: Host) -> dict[str, str]:
     """Let one last server finish everything, stop it, and return the states by id."""
-    host.start()
+    start(host)
     wait_until(lambda: host.get("/health").json["deployment_queue"] | {"workers": 0} == {"pending": 0, "active": 0, "workers": 0},
                patience_s=600)
     host.stop()
@@ -118,6 +124,7 @@ def main() -> int:
     host = make_host("".join(SERVICE.format(name=name, policy=policy) for name, policy in POLICIES.items()),
                      "[storage.retention]\nsuccessful_deploys = 10000\nfailed_deploys = 10000\n")
     (host.folder / "work.sh").write_text(SCRIPT)
+    shutil.copy(ROOT / "hookshot.py", host.folder)
     started = time.monotonic()
     try:
         acknowledged = play(host, random.Random(SEED))
