@@ -41,7 +41,6 @@ import argparse
 import base64
 import collections
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -63,7 +62,6 @@ import signal
 import socket
 import sqlite3
 import stat
-import string
 import subprocess
 import threading
 import time
@@ -95,7 +93,7 @@ class ErrorKind(NamedTuple):
 
 
 # sysexits.h gives the numbers from 64 on; 10 to 14 are outcomes of a followed deployment (see EXIT_OF_STATE).
-EXIT_OK, EXIT_USAGE, EXIT_BUG, EXIT_CONFIG = 0, 2, 70, 78
+EXIT_OK, EXIT_BUG, EXIT_CONFIG = 0, 70, 78
 EXIT_STILL_RUNNING, EXIT_INTERRUPTED = 14, 130
 
 ERRORS: dict[str, ErrorKind] = {
@@ -235,14 +233,15 @@ def render_duration(duration_ms: int | None) -> str:
     if duration_ms < 60_000:
         return f"{duration_ms / 1000:.1f} s"
     minutes, seconds = divmod(duration_ms // 1000, 60)
-    return f"{minutes} m {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} m"
+    parts = (f"{minutes // 60} h", f"{minutes % 60} m") if minutes >= 60 else (f"{minutes} m", f"{seconds} s")
+    return " ".join(part for part in parts if not part.startswith("0 "))
 
 
 def render_size(size_bytes: int) -> str:
     """Return a size for people, 1024-based."""
     for unit, scale in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10)):
         if size_bytes >= scale:
-            return f"{size_bytes / scale:.1f} {unit}"
+            return f"{size_bytes / scale:.1f}".removesuffix(".0") + f" {unit}"
     return f"{size_bytes} B"
 
 
@@ -251,7 +250,7 @@ def clip(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-_CONTROL_ESCAPES = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]} | {
+CONTROL_ESCAPES = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]} | {
     9: "\\t", 10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029",
     # Bidirectional overrides can make a log line read as something else ("Trojan source").
     **{code: f"\\u{code:04x}" for code in [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]},
@@ -260,7 +259,7 @@ _CONTROL_ESCAPES = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 
 
 def escape_controls(text: str) -> str:
     """Return `text` with every control character made visible, so that it cannot forge a log line or move a cursor."""
-    return text if text.isprintable() else text.translate(_CONTROL_ESCAPES)
+    return text if text.isprintable() else text.translate(CONTROL_ESCAPES)
 
 
 def check_request_value(text: str, *, may_start_with_dash: bool = False) -> str | None:
@@ -569,12 +568,15 @@ class Place(NamedTuple):
         return self._replace(path=f"{self.path}.{name}" if self.path else name)
 
     def at(self, index: int) -> "Place":
+        """Return the place of an entry of this list."""
         return self._replace(path=f"{self.path}[{index}]")
 
     def problem(self, message: str) -> None:
+        """Note what is wrong here."""
         self.problems.append(Problem(self.file, self.path, message))
 
     def warning(self, message: str) -> None:
+        """Note what is worth a look here, but stops nothing."""
         self.problems.append(Problem(self.file, self.path, message, is_warning=True))
 
 
@@ -746,7 +748,6 @@ _SECRET_NAMES = _list(_text(SECRET_NAME, "secret name"), 1, 16)
 _ENV_NAMES = _list(_text(ENV_NAME, "environment variable name"), 0, 100)
 _ENV_TEXTS = _mapping(ENV_NAME, Check("text with placeholders", _parse_template_value))
 _URL_PATH = _text(re.compile(r"/[A-Za-z0-9._/-]{1,63}", re.ASCII), "path such as \"/health\"")
-_ARGV = _list(_text(may_be_empty=True), 1, 100)
 _HOUR = 3600
 
 
@@ -1062,7 +1063,7 @@ def _check_command(command: CommandSpec, custom: Iterable[str], place: Place, *,
         place.at(script).problem(f"a placeholder inside program text would be executed; write {advice} instead")
 
 
-def _service_commands(service: Service) -> Iterator[tuple[str, tuple[CommandSpec, ...], bool]]:
+def service_commands(service: Service) -> Iterator[tuple[str, tuple[CommandSpec, ...], bool]]:
     """Yield path, commands, and whether they may use what only hooks know."""
     yield "hooks.pre_deploy", service.hooks.pre_deploy, False
     yield "deploy.commands", service.deploy.commands, False
@@ -1083,7 +1084,7 @@ def _check_service(service: Service, place: Place) -> None:
     usable = {name: template for name, template in custom.items() if template}
     if cycle := find_cycle(usable):
         (place / "templates").problem(f"variables refer to each other in a circle: {cycle}")
-    for path, commands, late in _service_commands(service):
+    for path, commands, late in service_commands(service):
         for index, command in enumerate(commands or ()):
             if command:
                 _check_command(command, custom, (place / path).at(index), late=late)
@@ -1987,7 +1988,10 @@ def _render_launch(launch: Launch, command: Command, plan: Plan) -> dict[str, An
 
 
 # === 9. EVENTS ========================================================================================================
-# Facts, told once, after they are true (after the commit, where there is one). Whoever listens must not fail or wait.
+# Facts, told once.
+#
+# 1. A fact is told after it is true: after the commit, where there is one.
+# 2. Whoever listens neither fails nor waits.
 
 
 class Accepted(NamedTuple):
@@ -2048,7 +2052,7 @@ Publish = Callable[[Event], None]
 
 
 # === 11. WORLD ========================================================================================================
-# The only contact with clocks, randomness, accounts, private files and the process table.
+# The wall clock, random ids, accounts, private files and the process table.
 #
 # 1. Instants come from the wall clock (milliseconds), durations from the monotonic one (seconds).
 # 2. What we create is ours alone: files 0600, folders 0700.
@@ -2063,6 +2067,11 @@ def now_ms() -> int:
 def new_deploy_id(at_ms: int) -> str:
     """Return an id that sorts by time and that people can read out: 20261123-131502-9f3c21ab."""
     return time.strftime("%Y%m%d-%H%M%S-", time.gmtime(at_ms // 1000)) + secrets.token_hex(4)
+
+
+def new_key() -> str:
+    """Return a key of 32 random bytes in hex."""
+    return secrets.token_hex(32)
 
 
 def new_request_id() -> str:
@@ -2214,11 +2223,12 @@ def read_environment(pid: int) -> dict[bytes, bytes]:
 def is_group_alive(pgid: int) -> bool:
     """Return whether any process of a group still runs; zombies do not count."""
     if not os.path.isdir("/proc/self"):
-        return _signal_group(pgid, 0)
+        return signal_group(pgid, 0)
     return any(process.pgid == pgid for process in list_processes())
 
 
-def _signal_group(pgid: int, number: int) -> bool:
+def signal_group(pgid: int, number: int) -> bool:
+    """Send a signal to a process group; return whether anyone got it."""
     try:
         os.killpg(pgid, number)
     except (ProcessLookupError, PermissionError):
@@ -2232,7 +2242,7 @@ KILL_AFTER_S = 5.0
 
 def end_groups(pgids: Iterable[int], *, kill_after_s: float = KILL_AFTER_S) -> None:
     """Send SIGTERM to the groups, SIGKILL to what is left of them after `kill_after_s`; nobody survives."""
-    left = [pgid for pgid in pgids if _signal_group(pgid, signal.SIGTERM)]
+    left = [pgid for pgid in pgids if signal_group(pgid, signal.SIGTERM)]
     deadline = time.monotonic() + kill_after_s
     pause = 0.005
     while left and time.monotonic() < deadline:
@@ -2240,7 +2250,7 @@ def end_groups(pgids: Iterable[int], *, kill_after_s: float = KILL_AFTER_S) -> N
         pause = min(0.1, pause * 2)
         left = [pgid for pgid in left if is_group_alive(pgid)]
     for pgid in left:
-        _signal_group(pgid, signal.SIGKILL)
+        signal_group(pgid, signal.SIGKILL)
 
 
 # === 12. LOG ==========================================================================================================
@@ -2293,11 +2303,15 @@ class Log:
     """Writes lines to one descriptor. Any thread."""
 
     def __init__(self, level: str = "info", style: str = "json", descriptor: int = 2):
-        self.masker = Masker()
+        self._descriptor = descriptor
+        self.set_up(level, style, Masker())
+
+    def set_up(self, level: str, style: str, masker: Masker) -> None:
+        """Write lines from now on from this level on, in this style, masked so."""
+        self.masker = masker
         self._threshold = LEVELS[level]
         self._render = _render_pretty if style == "pretty" else _render_json_line
-        self._is_coloured = style == "pretty" and wants_colour(descriptor)
-        self._descriptor = descriptor
+        self._is_coloured = style == "pretty" and wants_colour(self._descriptor)
 
     def shows(self, level: str) -> bool:
         """Return whether a line of this level is written."""
@@ -2761,16 +2775,15 @@ class Store:
                    (ended.service, ended.deploy_id, ended.state, ended.completed_ms, image, failed_ms, health,
                     ended.duration_ms or 0 if health else 0))
 
-    def note_progress(self, deployment: Deployment, results: Sequence[NumberedResult] = (), passed: Move | None = None) -> None:
+    def note_progress(self, deployment: Deployment, results: Sequence[NumberedResult] = (), moved: tuple[State, Move] | None = None) -> None:
         """Record which command runs now and as which process, so that a restart can find what is left of it.
 
-        With it go the results since the last write, and the move to this state (`passed`) if the command is the first.
+        With it go the results since the last write, and the move from an earlier state, if the command is the first.
         """
         def work(db: sqlite3.Connection) -> None:
-            before = deployment._replace(state=State.VALIDATING) if passed else deployment
-            self._update(db, before, deployment)
-            if passed:
-                self._add_move(db, deployment, passed.at_ms, passed.reason)
+            self._update(db, deployment._replace(state=moved[0]) if moved else deployment, deployment)
+            if moved:
+                self._add_move(db, deployment, moved[1].at_ms, moved[1].reason)
             self._add_results(db, deployment, results)
 
         self._write(work, durable=False)
@@ -2894,7 +2907,7 @@ class Store:
 
 MIN_KEY_BYTES = 16
 GOOD_KEY_BYTES = 32
-_PREFIX_OF_HOOKSHOT_1 = "DEPLOY_RECEIVER_"
+PREFIX_OF_HOOKSHOT_1 = "DEPLOY_RECEIVER_"
 # Variables of ours that configure the command line and are no secrets.
 _PLAIN_VARIABLES = frozenset({"HOOKSHOT_CONFIG", "HOOKSHOT_SERVICES", "HOOKSHOT_URL", "HOOKSHOT_KEY_FILE"})
 _SECRETS_COMMAND_TIMEOUT_S = 30
@@ -2922,8 +2935,8 @@ class SecretSurroundings(NamedTuple):
         """Return the secrets in `environ` and remove them from it."""
         prefix = prefix.rstrip("_") + "_"
         found = {}
-        for name in [name for name in environ if name.startswith((prefix, _PREFIX_OF_HOOKSHOT_1)) and name not in _PLAIN_VARIABLES]:
-            found[name.removeprefix(prefix).removeprefix(_PREFIX_OF_HOOKSHOT_1).lower()] = environ.pop(name)
+        for name in [name for name in environ if name.startswith((prefix, PREFIX_OF_HOOKSHOT_1)) and name not in _PLAIN_VARIABLES]:
+            found[name.removeprefix(prefix).removeprefix(PREFIX_OF_HOOKSHOT_1).lower()] = environ.pop(name)
         return cls(found, environ.get("CREDENTIALS_DIRECTORY"))
 
 
@@ -3072,7 +3085,7 @@ def check_key(value: bytes) -> str | None:
 
 # After the leader's exit, how long to wait for output of those it left behind; what was written before is there already.
 DRAIN_S = 0.5
-_CHUNK_BYTES = 1 << 16
+CHUNK_BYTES = 1 << 16
 PREVIEW_BYTES = 10 << 10
 # A line longer than this is written in pieces, so that a stream without newlines is bounded too.
 _LINE_BYTES = 8 << 10
@@ -3087,6 +3100,7 @@ class StopToken:
         self.reason: str | None = None
 
     def fileno(self) -> int:
+        """Return what poll() waits for."""
         return self._read
 
     def set(self, reason: str) -> None:
@@ -3108,7 +3122,7 @@ class StopToken:
 
 
 # As escape_controls, but a tab in a program's output is layout.
-_OUTPUT_ESCAPES = {code: escape for code, escape in _CONTROL_ESCAPES.items() if code not in (9, 10)}
+_OUTPUT_ESCAPES = {code: escape for code, escape in CONTROL_ESCAPES.items() if code not in (9, 10)}
 
 
 class DeploymentLog:
@@ -3137,6 +3151,8 @@ class DeploymentLog:
 
     def output(self, phase: str, stream: str, block: bytes) -> None:
         """Write whole lines of a command's output, already masked."""
+        # Bytes that are not UTF-8 grow when they are replaced; the limits count what is written.
+        block = block.decode("utf-8", "replace").encode()
         self._add(f"{render_time(now_ms())} {phase} {stream} ", block)
         self.flush()
 
@@ -3186,7 +3202,7 @@ class DeploymentLog:
             self._cut_bytes += dropped
 
     def _write(self, text: str) -> None:
-        self._size += len(text)
+        self._size += len(text.encode("utf-8", "replace"))
         self._unwritten.append(text)
 
 
@@ -3345,11 +3361,11 @@ class _Watch:
         if self.verdict is None and self._exited_at is None and now >= self._deadline:
             self._terminate("timed_out", at_once=False)
         if self._kill_at is not None and now >= self._kill_at:
-            _signal_group(self._process.pid, signal.SIGKILL)
+            signal_group(self._process.pid, signal.SIGKILL)
 
     def _read(self, descriptor: int) -> None:
         pipe, output = self._outputs[descriptor]
-        if chunk := os.read(descriptor, _CHUNK_BYTES):
+        if chunk := os.read(descriptor, CHUNK_BYTES):
             output.feed(chunk)
             return
         self._poll.unregister(descriptor)
@@ -3364,7 +3380,7 @@ class _Watch:
 
     def _terminate(self, verdict: str, *, at_once: bool) -> None:
         self.verdict = verdict
-        _signal_group(self._process.pid, signal.SIGKILL if at_once else signal.SIGTERM)
+        signal_group(self._process.pid, signal.SIGKILL if at_once else signal.SIGTERM)
         self._kill_at = time.monotonic() + (0.0 if at_once else KILL_AFTER_S)
 
     def _patience(self) -> float:
@@ -3400,7 +3416,7 @@ def run_command(launch: Launch, log: DeploymentLog, masker: Masker, stop: StopTo
         on_start(process.pid)
         watch.run()
     except BaseException:
-        _signal_group(process.pid, signal.SIGKILL)
+        signal_group(process.pid, signal.SIGKILL)
         raise
     finally:
         watch.close()
@@ -3559,7 +3575,7 @@ class _Job:
         self._next: Deployment | None = None
         # What the next write takes along: waiting for it costs a crash only the last lines, and saves two commits.
         self._unwritten_results: list[NumberedResult] = []
-        self._unwritten_move: Move | None = None
+        self._unwritten_move: tuple[State, Move] | None = None
 
     def carry_out(self, *, is_interrupted: bool = False) -> Deployment | None:
         """Take the deployment to its end, and return the next one, claimed with that; _Interrupted if stopped."""
@@ -3612,9 +3628,9 @@ class _Job:
         self._log.note("engine", f"{self._deployment.service} {self._deployment.image} "
                                  f"(previous image: {self._deployment.previous_image or 'none'})")
         # Written with the start of the first command: nothing has run before it, so nothing is lost by waiting.
-        self._unwritten_move = Move(advance(self._deployment.state, Outcome.PASSED), now_ms(), "the plan is made")
-        self._deployment = self._deployment._replace(state=self._unwritten_move.state,
-                                                     steps_total=len(commands[Phase.PRE_DEPLOY]) + len(commands[Phase.DEPLOY]))
+        before, after = self._deployment.state, advance(self._deployment.state, Outcome.PASSED)
+        self._unwritten_move = before, Move(after, now_ms(), "the plan is made")
+        self._deployment = self._deployment._replace(state=after, steps_total=len(commands[Phase.PRE_DEPLOY]) + len(commands[Phase.DEPLOY]))
 
     def _make_plan(self) -> str | None:
         """Work the plan out, or return why there is none."""
@@ -3706,7 +3722,7 @@ class _Job:
             error = reason if state is not State.ROLLED_BACK else self._deployment.error or reason
             changes.setdefault("error", error)
             self._run_phase(Phase.ON_FAILURE, status=state, error=error)
-        self._log.note("engine", f"{state}: {reason}")
+        self._log.note("engine", f"ending as {state}: {reason}")
         # Whoever follows the log ends when the deployment does: the last line has to be there by then.
         self._log.close()
         self._move(outcome, reason, claims_next=True, duration_ms=self._duration_ms(now_ms()), **changes)
@@ -3718,7 +3734,7 @@ class _Job:
         self._unwritten_move = None
         self._announce_results()
         if moved:
-            self._publish(Moved(deployment, State.VALIDATING, moved.reason))
+            self._publish(Moved(deployment, moved[0], moved[1].reason))
 
     def _announce_results(self) -> None:
         for _, result in self._unwritten_results:
@@ -4034,7 +4050,7 @@ MAX_WAIT_S = 3600
 _FOLLOW_PAUSE_S = 0.1
 _HEARTBEAT_S = 15.0
 _PREVIEW_CHARS = 200
-_MAX_TAIL_LINES = 100_000
+MAX_TAIL_LINES = 100_000
 # Headers that only a proxy adds: a request with one of them did not come straight from a user of this host.
 _FORWARDING_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 
@@ -4432,7 +4448,7 @@ def handle_logs(app: App, request: Request) -> Response:
         raise HookshotError("not_found", f"the log of {deployment.deploy_id} is gone (storage.retention.log_days), or nothing ever ran")
     start = 0
     if "tail" in request.query:
-        start = _tail_offset(path, _parse_number_parameter(request.query, "tail", 0, _MAX_TAIL_LINES, 100))
+        start = _tail_offset(path, _parse_number_parameter(request.query, "tail", 0, MAX_TAIL_LINES, 100))
     if is_sse:
         resume = request.headers.get("last-event-id", "")
         start = int(resume) if re.fullmatch(r"\d{1,15}", resume, re.ASCII) else start
@@ -4450,7 +4466,7 @@ def _tail_offset(path: str, lines: int) -> int:
         position = file.seek(0, os.SEEK_END)
         missing = lines + 1  # the newline that ends the last line counts too
         while position > 0:
-            size = min(_CHUNK_BYTES, position)
+            size = min(CHUNK_BYTES, position)
             position = file.seek(position - size)
             block = file.read(size)
             found = block.count(b"\n")
@@ -4473,7 +4489,7 @@ def _read_log(app: App, request: Request, deployment: Deployment, path: str, sta
                 if file is None and os.path.exists(path):
                     file = open(path, "rb", buffering=0)
                     file.seek(start)
-                chunk = file.read(_CHUNK_BYTES) if file else b""
+                chunk = file.read(CHUNK_BYTES) if file else b""
                 if chunk:
                     start += len(chunk)
                     yield start, chunk
@@ -4729,7 +4745,7 @@ class _Connection:
         left_s = self._deadline - time.monotonic()
         try:
             self._link.settimeout(max(left_s, 0.001))
-            block = self._link.recv(_CHUNK_BYTES) if left_s > 0 else None
+            block = self._link.recv(CHUNK_BYTES) if left_s > 0 else None
         except TimeoutError:
             block = None
         if block is None and not idle:
@@ -4814,7 +4830,7 @@ class _Connection:
 
     def _send(self, response: Response, request: Request, *, closes: bool, is_http_1_1: bool = True) -> None:
         is_stream = response.stream is not None and request.method != "HEAD"
-        head = [f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, 'Unknown')}", f"Date: {_http_date(int(time.time()))}",
+        head = [f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, 'Unknown')}", f"Date: {_http_date(now_ms() // 1000)}",
                 "Server: hookshot", f"Content-Type: {response.content_type}", f"X-Request-ID: {request.request_id}",
                 "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
         head += [f"{name}: {value}" for name, value in response.headers]
@@ -4850,7 +4866,7 @@ class _Connection:
         self._link.shutdown(socket.SHUT_WR)
         while taken < _LINGER_BYTES and (left_s := deadline - time.monotonic()) > 0:
             self._link.settimeout(left_s)
-            block = self._link.recv(_CHUNK_BYTES)
+            block = self._link.recv(CHUNK_BYTES)
             if not block:
                 return
             taken += len(block)
@@ -4888,6 +4904,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         super().__init__((listen.host, listen.port), http.server.BaseHTTPRequestHandler)
 
     def server_bind(self) -> None:
+        """Bind the socket."""
         # Not HTTPServer's: it asks DNS for this host's name, which takes seconds on a host without a network.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
@@ -5001,7 +5018,7 @@ def _check_data_dir(folder: str, place: Place) -> None:
 def _check_programs(service: Service, path: str, place: Place) -> None:
     env_path = service.env.get("PATH")
     path = env_path.text if env_path and not env_path.inserts else path
-    for where, commands, _ in _service_commands(service):
+    for where, commands, _ in service_commands(service):
         for index, command in enumerate(commands):
             program = command.run[0]
             at = (place / where).at(index)
@@ -5053,8 +5070,8 @@ class Daemon:
         self._environ = environ
         self.warnings: tuple[Problem, ...] = ()
         self._current = self._load()
-        self.log = Log(self._current.config.logging.level, self._current.config.logging.format)
-        self.log.masker = self._current.keyring.masker
+        self.log = Log()
+        self.log.set_up(self._current.config.logging.level, self._current.config.logging.format, self._current.keyring.masker)
         self.signals = Signals()
         self.waiters = Waiters()
         self._parts = contextlib.ExitStack()
@@ -5171,7 +5188,7 @@ class Daemon:
 
     def _take(self, loaded: Current) -> None:
         self._current = loaded
-        self.log.masker = loaded.keyring.masker
+        self.log.set_up(loaded.config.logging.level, loaded.config.logging.format, loaded.keyring.masker)
         self.engine.wake(everyone=True)
 
     def _reload_secrets(self) -> None:
@@ -5405,7 +5422,10 @@ def _wait_for_outcome(client: Client, body: bytes, deadline: float) -> str | Non
 
 
 # === 23. CLI ==========================================================================================================
-# The commands: one row of COMMANDS and one function each. Data goes to stdout, talk to stderr.
+# The commands of the command line: one row of COMMANDS and one function each.
+#
+# 1. Data goes to stdout, talk to stderr.
+# 2. Every failure is one plain sentence and an exit status from ERRORS; a trace only with --log-level debug.
 
 DEFAULT_CONFIG = "/etc/hookshot/config.toml"
 
@@ -5507,7 +5527,7 @@ def version(args: argparse.Namespace) -> int:
 
 def keygen(args: argparse.Namespace) -> int:
     """Print a fresh key of 32 random bytes in hex."""
-    print(secrets.token_hex(32))
+    print(new_key())
     return EXIT_OK
 
 
@@ -5534,7 +5554,7 @@ def init(args: argparse.Namespace) -> int:
     data_dir = "/var/lib/hookshot" if folder == os.path.dirname(DEFAULT_CONFIG) else os.path.join(folder, "data")
     values = {"server.listen": "127.0.0.1:8080", "storage.data_dir": data_dir}
     services = SAMPLE_SERVICES.replace("@WORKING_DIR@", json.dumps(folder, ensure_ascii=False))
-    paths = write_sample(folder, services, values, secrets.token_hex(32))
+    paths = write_sample(folder, services, values, new_key())
     for path in paths:
         print(path)
     options = "" if folder == os.path.dirname(DEFAULT_CONFIG) else f" -c {shlex.quote(paths[0])}"
@@ -5550,7 +5570,7 @@ def _client_settings(args: argparse.Namespace) -> tuple[Settings | None, Keyring
     """Return what the server's own configuration says, as far as it can be read from here."""
     problems: list[Problem] = []
     config_path, services_path = _paths(args)
-    if not args.config and not os.access(config_path, os.R_OK):
+    if not (args.config or os.environ.get("HOOKSHOT_CONFIG")) and not os.access(config_path, os.R_OK):
         return None, None
     settings = read_settings(config_path, services_path, problems)
     config_problems = [problem for problem in problems if problem.file == config_path and not problem.is_warning]
@@ -5733,6 +5753,11 @@ def sign_body(args: argparse.Namespace) -> int:
 
 # --- demo
 
+DEMO_STEPS = (
+    ("demo/web:1.0", State.SUCCEEDED, "A release that works:"),
+    ("demo/web:2.0-broken", State.ROLLED_BACK, "A release that starts, but fails its health check:"),
+)
+
 
 def demo(args: argparse.Namespace) -> int:
     """Show a deployment that succeeds and one that is rolled back, on a server of its own in a temporary directory."""
@@ -5740,9 +5765,9 @@ def demo(args: argparse.Namespace) -> int:
 
     with tempfile.TemporaryDirectory(prefix="hookshot-demo-") as home:
         # The environment may name a production server or its keys: the demo has nothing to do with them.
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(("HOOKSHOT_", _PREFIX_OF_HOOKSHOT_1))}
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("HOOKSHOT_", PREFIX_OF_HOOKSHOT_1))}
         sample = DEMO_SERVICES.replace("@HOME@", json.dumps(home, ensure_ascii=False))
-        key = secrets.token_hex(32)
+        key = new_key()
         values = {"server.listen": "127.0.0.1:0", "storage.data_dir": os.path.join(home, "data"), "logging.level": "error",
                   "logging.format": "pretty", "security.rate_limit": 0, "server.shutdown_timeout": 5}
         paths = write_sample(home, sample, values, key)
@@ -5754,10 +5779,10 @@ def demo(args: argparse.Namespace) -> int:
             client = Client(daemon.url, key.encode(), None)
             print(f"A server with one service, \"web\", listens on {daemon.url}; its files are in {home}.", flush=True)
             ended_well = all([_demo_deploy(client, image, expected, words) for image, expected, words in DEMO_STEPS])
-            print(f"\n{'Both ended as they should.' if ended_well else 'Something did not end as it should.'} "
-                  f"Look at them while this runs:\n  {daemon.url}/services\n  {daemon.url}/deployments", flush=True)
+            print("\nBoth ended as they should." if ended_well else "\nSomething did not end as it should.", flush=True)
             if not args.once:
-                print("Press Ctrl-C to stop and to remove everything.", flush=True)
+                print(f"Look at them while this runs:\n  {daemon.url}/services\n  {daemon.url}/deployments\n"
+                      "Press Ctrl-C to stop and to remove everything.", flush=True)
                 daemon.signals.get(None)
         finally:
             daemon.stop()
@@ -5836,7 +5861,7 @@ COMMANDS: dict[str, CliCommand] = {
         _argument("--status", choices=[str(state) for state in State], help="only those in this state"))),
     "logs": CliCommand(logs, "print a deployment's log", (
         _argument("id", metavar="ID"), *_TO_SERVER, _argument("-f", "--follow", action="store_true", help="until the deployment ends"),
-        _argument("--tail", type=_number(0, _MAX_TAIL_LINES), metavar="N", help="only the last N lines"))),
+        _argument("--tail", type=_number(0, MAX_TAIL_LINES), metavar="N", help="only the last N lines"))),
     "services": CliCommand(services, "list the services and how they are", (*_TO_SERVER, _JSON)),
     "sign": CliCommand(sign_body, "print the signature header of a body, for curl -H", (_argument("file", nargs="?", default="-", metavar="FILE", help="file to sign (default: -, standard input)"),
                                    *_TO_SERVER)),
@@ -5980,11 +6005,6 @@ case "$1" in
   check) read -r image < current; case "$image" in *-broken) echo "$image answers 500" >&2; exit 1 ;; esac; echo "$image answers 200" ;;
 esac
 """
-
-DEMO_STEPS = (
-    ("demo/web:1.0", State.SUCCEEDED, "A release that works:"),
-    ("demo/web:2.0-broken", State.ROLLED_BACK, "A release that starts, but fails its health check:"),
-)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Write the tables of hookshot.py into README.md and docs/: python3 tests/render_docs.py
+
+A block stands between "<!-- rendered: NAME -->" and "<!-- end -->"; the rest of a page is left as it is.
+"""
+
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import hookshot  # noqa: E402
+
+BLOCK = re.compile(r"(<!-- rendered: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# Rows of ERRORS that are said on the command line and never leave over HTTP.
+LOCAL_ERRORS = ("usage", "unreachable", "cannot_write", "in_use", "config")
+
+
+def pages() -> list[pathlib.Path]:
+    """Return every page of the documentation."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def render_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def code(text: object) -> str:
+    return f"`{text}`"
+
+
+# --- configuration
+
+
+def render_default(default: object) -> str:
+    if default is hookshot.REQUIRED:
+        return "required"
+    return "unset" if default is None else code(json.dumps(default, ensure_ascii=False))
+
+
+def render_keys(table: type) -> str:
+    rows = [(code(name), field.check.kind, render_default(field.default), field.doc)
+            for name, field in table._field_defaults.items() if not hookshot.is_table(field)]
+    return render_table(("Key", "Value", "Default", "Meaning"), rows) if rows else ""
+
+
+def walk_tables(table: type) -> Iterator[type]:
+    yield table
+    for field in table._field_defaults.values():
+        if hookshot.is_table(field):
+            yield from walk_tables(field)
+
+
+def render_tables(*tables: type) -> str:
+    """Return a heading and a table of keys for each table that has keys; its docstring is its name in the file."""
+    parts = [f"### `{table.__doc__}`\n\n{keys}" for table in tables if (keys := render_keys(table))]
+    return "\n" + "\n".join(parts) + "\n"
+
+
+def render_config() -> str:
+    return render_tables(*walk_tables(hookshot.Config))
+
+
+def render_services() -> str:
+    return render_tables(hookshot.Defaults, *walk_tables(hookshot.Service))
+
+
+def render_command_keys() -> str:
+    return render_keys(hookshot.CommandSpec)
+
+
+def render_probe_keys() -> str:
+    return render_keys(hookshot.HttpProbe)
+
+
+def render_variables() -> str:
+    return render_table(("Name", "Value"), [(code("{{%s}}" % name), doc) for name, doc in hookshot.VARIABLES.items()])
+
+
+def render_functions() -> str:
+    arguments = {"replace": "(a,b)", "default": "(x)", "match": "(regex)", "date": "(layout)"}
+    return render_table(("Function", "Gives"), [(code(name + arguments.get(name, "(...)" if function.arguments else "")), function.doc)
+                                                for name, function in hookshot.FUNCTIONS.items()])
+
+
+# --- the API
+
+
+def render_routes() -> str:
+    who = {"open": "anyone", "read": "who may read", "signature": "who signs"}
+    return render_table(("Request", "Who", "What"), [(code(f"{route.method} {route.pattern}"), who[route.gate], route.doc)
+                                                     for route in hookshot.ROUTES])
+
+
+def render_errors() -> str:
+    rows = [(kind.http, code(kind.code), f"{kind.title}.", "-" if kind.retry_after_s is None else f"{kind.retry_after_s} s", kind.exit)
+            for name, kind in hookshot.ERRORS.items() if name not in LOCAL_ERRORS]
+    return render_table(("HTTP", "Code", "Meaning", "Retry-After", "Exit status"), rows)
+
+
+def render_limits() -> str:
+    size = hookshot.render_size
+    rows = [
+        ("request line", size(hookshot.MAX_REQUEST_LINE_BYTES)),
+        ("request line and headers", f"{size(hookshot.MAX_HEAD_BYTES)}, {hookshot.MAX_HEADERS} headers"),
+        ("body", "`server.max_request_size`"),
+        ("depth of the JSON document", f"{hookshot.MAX_JSON_DEPTH} levels"),
+        ("digits of a number", hookshot.MAX_NUMBER_CHARS),
+        ("text that reaches a command", f"{hookshot.MAX_VALUE_CHARS} characters"),
+        ("metadata", f"{hookshot.MAX_METADATA_KEYS} keys"),
+        ("wait for the end", f"{hookshot.MAX_WAIT_S} s"),
+        ("free disk space below which deploys are refused", size(hookshot.DISK_RESERVE_BYTES))]
+    return render_table(("What", "At most"), rows[:-1]) + "\n" + f"A deploy is refused while less than {rows[-1][1]} are free for the data directory.\n"
+
+
+# --- states
+
+
+def render_states() -> str:
+    state = hookshot.State
+    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {state.QUEUED}"]
+    for before, row in hookshot.TRANSITIONS.items():
+        lines += [f"    {before} --> {after}: {outcome}" for outcome, after in row.items()]
+    lines += [f"    {end} --> [*]" for end in state if end in hookshot.TERMINAL]
+    return "\n".join([*lines, "```"]) + "\n"
+
+
+# --- the command line
+
+
+def render_options(arguments: Sequence[tuple[tuple[str, ...], dict]]) -> Iterator[tuple[str, str]]:
+    for names, options in arguments:
+        if names[0].startswith("-"):
+            negated = [f"--no-{name[2:]}" for name in names if name.startswith("--")] if options.get("action") is BOOLEAN else []
+            takes_value = options.get("action") in (None, "append")
+            value = options.get("metavar") or "|".join(options.get("choices", ())) or names[-1].strip("-").upper()
+            yield code(", ".join([*names, *negated]) + (f" {value}" if takes_value else "")), options["help"]
+
+
+BOOLEAN = hookshot.argparse.BooleanOptionalAction
+
+
+def render_synopsis(name: str, arguments: Sequence[tuple[tuple[str, ...], dict]]) -> str:
+    positional = [(options.get("metavar") or names[0].upper(), options.get("nargs")) for names, options in arguments if names[0][0] != "-"]
+    return " ".join(["hookshot", name, *(f"[{metavar}]" if nargs == "?" else metavar for metavar, nargs in positional)])
+
+
+def render_commands() -> str:
+    parts = []
+    for name, command in hookshot.COMMANDS.items():
+        options = list(render_options(command.arguments))
+        table = "\n" + render_table(("Option", "Meaning"), options) if options else ""
+        parts.append(f"### `{render_synopsis(name, command.arguments)}`\n\n{command.help[0].upper()}{command.help[1:]}.\n{table}")
+    return "\n" + "\n".join(parts) + "\n"
+
+
+def render_exits() -> str:
+    meanings: dict[int, list[str]] = {hookshot.EXIT_OK: ["fine"]}
+    for state, status in hookshot.EXIT_OF_STATE.items():
+        meanings.setdefault(status, []).append(f"the deployment ended as {state}")
+    meanings[hookshot.EXIT_STILL_RUNNING] = ["the deployment still ran when the wait ended"]
+    meanings[hookshot.EXIT_INTERRUPTED] = ["interrupted with Ctrl-C"]
+    for name, kind in hookshot.ERRORS.items():
+        words = kind.title[0].lower() + kind.title[1:] if name in LOCAL_ERRORS else code(kind.code)
+        meanings.setdefault(kind.exit, []).append(words)
+    return render_table(("Exit status", "When"), [(status, ", ".join(words)) for status, words in sorted(meanings.items())])
+
+
+# --- the design
+
+
+def render_sections() -> str:
+    """Return the sections and their jobs, each the first sentence under its banner."""
+    source = (ROOT / "hookshot.py").read_text(encoding="utf-8")
+    found = re.findall(r"^# === (\w+)\. (\w+) =+\n((?:#.*\n)+)", source, re.MULTILINE)
+    rows = []
+    for number, name, head in found:
+        text = " ".join(line.removeprefix("#").strip() for line in head.partition("\n#\n")[0].splitlines())
+        rows.append((number, name, text))
+    return render_table(("#", "Section", "Its job"), rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "config": render_config, "services": render_services, "command-keys": render_command_keys, "probe-keys": render_probe_keys,
+    "variables": render_variables, "functions": render_functions, "routes": render_routes, "errors": render_errors,
+    "limits": render_limits, "states": render_states, "commands": render_commands, "exits": render_exits, "sections": render_sections}
+
+
+def render_page(text: str) -> str:
+    """Return a page with every block as the tables say; KeyError for a block of an unknown name."""
+    return BLOCK.sub(lambda match: match[1] + BLOCKS[match[2]]() + match[3], text)
+
+
+def main() -> None:
+    for page in pages():
+        before = page.read_text(encoding="utf-8")
+        after = render_page(before)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+            print(f"rendered {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: MPL-2.0
+"""What README.md and docs/ say is true: rendered tables, links, configuration, command lines, and blocks that run."""
+
+import contextlib
+import io
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+import hookshot
+import render_docs
+from support import PATIENCE_S, PROGRAM, ROOT, need, running
+
+PAGES = render_docs.pages()
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+FENCE = re.compile(r"(?:<!-- run: (?P<run>[a-z-]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    page: pathlib.Path
+    line: int
+    run: str | None
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def read_blocks(*languages: str) -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        found += [Block(page, text.count("\n", 0, match.start()) + 1, match["run"], match["language"], match["text"])
+                  for match in FENCE.finditer(text)]
+    return [block for block in found if not languages or block.language in languages]
+
+
+def prose_of(page: pathlib.Path) -> str:
+    """Return a page without its fenced blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+# --- rendered blocks
+
+
+@each_page
+def test_rendered_blocks_are_as_the_tables_say(page):
+    text = page.read_text(encoding="utf-8")
+    assert text == render_docs.render_page(text), "run python3 tests/render_docs.py"
+
+
+@each_page
+def test_every_marker_belongs_to_a_block(page):
+    text = page.read_text(encoding="utf-8")
+    blocks = len(render_docs.BLOCK.findall(text))
+    assert text.count("<!-- rendered:") == text.count("<!-- end -->") == blocks
+
+
+def test_every_table_is_rendered_somewhere():
+    rendered = {name for page in PAGES for _, name, _ in render_docs.BLOCK.findall(page.read_text(encoding="utf-8"))}
+    assert rendered == render_docs.BLOCKS.keys()
+
+
+# --- links
+
+
+def anchor_of(heading: str) -> str:
+    """Return the anchor that a heading gets: lower case, punctuation dropped, spaces made hyphens."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@each_page
+def test_links_lead_to_something_that_is_there(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        headings = re.findall(r"^#+ (.*)$", FENCE.sub("", target.read_text(encoding="utf-8")), re.MULTILINE) if target.suffix == ".md" else []
+        if not target.exists() or (anchor and anchor not in map(anchor_of, headings)):
+            broken.append(link)
+    assert broken == []
+
+
+# --- configuration
+
+# What a service needs besides the tables that a page shows.
+REST_OF_SERVICE = {
+    "[service.security]": "[service.security]\nallowed_image_pattern = 'app:[0-9.]+'\n",
+    "[service.deploy]": '[service.deploy]\ncommands = [["true"]]\n'}
+
+
+def load(text: str) -> list[hookshot.Problem]:
+    """Load a block as the file that its tables belong to; tables of a service may stand alone."""
+    problems: list[hookshot.Problem] = []
+    if "[service." in text or "[[service]]" in text or "[defaults]" in text:
+        if "[[service]]" not in text and "[service." in text:
+            text = '[[service]]\nname = "web"\n' + text + "".join(rest for head, rest in REST_OF_SERVICE.items() if head not in text)
+        hookshot.load_services(text, "services.toml", hookshot.load_config("", "config.toml", problems), problems)
+    else:
+        hookshot.load_config(text, "config.toml", problems)
+    return problems
+
+
+@pytest.mark.parametrize("block", read_blocks("toml"), ids=str)
+def test_a_configuration_in_the_docs_loads_without_a_problem(block):
+    assert load(block.text) == []
+
+
+def test_a_wrong_configuration_would_be_noticed():
+    assert load('[server]\nlisten_on = "127.0.0.1:1"\n') and load('[service.healthcheck]\nhttp = "nowhere"\n')
+
+
+# --- command lines
+
+PROGRAMS = (["hookshot"], ["python3", "hookshot.py"], ["python3", "hookshot.pyz"])
+
+
+def hookshot_commands(shell: str) -> list[list[str]]:
+    """Return the arguments of every call of hookshot in a piece of shell: also after "until", in pipes and in $(...)."""
+    shell = re.sub(r"\d?>+\s*[^\s;|&]+", "", shell.replace("\\\n", " "))
+    lexer = shlex.shlex(shell.replace("$(", " ( ").replace("\n", " ; "), posix=True, punctuation_chars=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    found, words = [], []
+    for token in [*lexer, ";"]:
+        if not set(token) <= set("();<>|&"):
+            words.append(token)
+            continue
+        for program in PROGRAMS:
+            start = next((index for index in range(len(words)) if words[index : index + len(program)] == program), None)
+            if start is not None and all(re.fullmatch(r"\w+=.*|until|while|if|sudo|!", word) for word in words[:start]):
+                found.append(words[start + len(program) :])
+        words = []
+    return found
+
+
+def shells() -> list[tuple[str, str]]:
+    """Return (place, shell text): blocks without their comments and here-documents, and calls that stand in prose."""
+    pieces = []
+    for block in read_blocks("sh"):
+        text = re.sub(r"<<'?(\w+)'?\n.*?^\1$", "", block.text, flags=re.DOTALL | re.MULTILINE)
+        pieces.append((str(block), re.sub(r"(^|\s)#.*$", "", text, flags=re.MULTILINE)))
+    return pieces + [(f"{page.name}: {call}", call) for page in PAGES for call in re.findall(r"`((?:python3 )?hookshot(?:\.pyz?)? [^`]+)`", prose_of(page))]
+
+
+CALLS = [pytest.param(arguments, id=f"{place.partition(':')[0]}: {shlex.join(arguments)}")
+         for place, text in shells() for arguments in hookshot_commands(text)]
+
+
+@pytest.mark.parametrize("arguments", CALLS)
+def test_a_command_line_in_the_docs_is_understood(arguments):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            hookshot.parse_arguments([argument.strip("[]") for argument in arguments])
+        except SystemExit:
+            pytest.fail(said.getvalue())
+
+
+def test_command_lines_are_found_wherever_they_stand():
+    shell = "until python3 hookshot.py services; do :; done\nA=1 hookshot run 2> log &\nx=$(hookshot keygen | cat)\necho hookshot nothing\n"
+    assert hookshot_commands(shell) == [["services"], ["run"], ["keygen"]]
+
+
+# --- blocks that run
+
+
+def script_of(name: str) -> str:
+    return "".join(block.text for block in read_blocks("sh") if block.run == name)
+
+
+def run_script(script: str, folder: pathlib.Path) -> "subprocess.CompletedProcess[str]":
+    """Run pasted blocks as a shell of an ordinary environment would; `python3` is the Python of this test."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (bin_folder / "python3").chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HOOKSHOT_")}
+    process = subprocess.Popen(["bash", "-e"], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**env, "PATH": f"{bin_folder}:{env['PATH']}"}, start_new_session=True)
+    try:
+        # A server that is left behind would keep the output open.
+        output, _ = process.communicate("trap 'kill -9 $(jobs -p) 2> /dev/null || :' EXIT\n" + script, timeout=4 * PATIENCE_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+    return subprocess.CompletedProcess([], process.returncode, output)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_the_first_service_of_the_readme_works_by_paste(tmp_path):
+    need("bash")
+    folder = tmp_path / "an empty folder"
+    folder.mkdir()
+    shutil.copy(PROGRAM, folder)
+    # The reader has port 8080 free; a test cannot count on it.
+    init = "python3 hookshot.py init\n"
+    script = script_of("quickstart")
+    assert init in script
+    script = script.replace(init, f"{init}sed 's/127.0.0.1:8080/127.0.0.1:{free_port()}/' config.toml > new && mv new config.toml\n")
+
+    done = run_script(script, folder)
+
+    assert done.returncode == 0, done.stdout
+    assert "Succeeded" in done.stdout and "RolledBack" in done.stdout
+    assert os.readlink(folder / "current") == "releases/1.0"
+    assert '"stopped"' in (folder / "server.log").read_text()
+
+
+def test_a_deploy_by_curl_and_openssl_works(tmp_path):
+    for program in ("bash", "curl", "openssl"):
+        need(program)
+    services = '[[service]]\nname = "site"\nworking_dir = "@"\n[service.security]\nallowed_image_pattern = \'site:[0-9.]+\'\n' \
+        '[service.deploy]\ncommands = [["touch", "{{IMAGE|tag}}"]]\n'
+    with running(tmp_path / "host", services) as host:
+        script = script_of("curl")
+        assert "127.0.0.1:8080" in script
+        done = run_script(script.replace("127.0.0.1:8080", f"127.0.0.1:{host.port}"), host.folder)
+        assert done.returncode == 0, done.stdout
+        assert '"status":"Succeeded"' in done.stdout, done.stdout
+    assert (tmp_path / "host/1.0").exists()
+
+
+def test_every_block_that_says_it_runs_is_run_here():
+    assert {block.run for block in read_blocks() if block.run} == {"quickstart", "curl"}
+
+
+# --- prose
+
+
+@each_page
+def test_a_page_names_only_files_of_the_repository_that_are_there(page):
+    named = set(re.findall(r"`((?:docs|tests|examples|\.ci)/[\w./-]*)`", prose_of(page)))
+    assert {name for name in named if not (ROOT / name).exists()} == set()
