@@ -206,7 +206,7 @@ def parse_size(value: object) -> int:
 def render_value(value: object) -> str:
     """Return a configuration value as its file would write it, clipped, without control characters."""
     if isinstance(value, str | bool | int | float | list | dict) or value is None:
-        return clip(json.dumps(value, ensure_ascii=False, default=str), 80)
+        return clip(escape_controls(json.dumps(value, ensure_ascii=False, default=str)), 80)
     return clip(escape_controls(str(value)), 80)
 
 
@@ -289,7 +289,7 @@ def parse_network(value: object) -> Network:
     if not isinstance(value, str):
         raise ValueError(f"{render_value(value)} is not an address; write \"192.0.2.7\" or \"192.0.2.0/24\"")
     try:
-        return ipaddress.ip_network(value)
+        return _unmap(ipaddress.ip_network(value))
     except ValueError:
         pass
     try:
@@ -297,6 +297,12 @@ def parse_network(value: object) -> Network:
     except ValueError:
         raise ValueError(f"{render_value(value)} is not an address or CIDR network") from None
     raise ValueError(f"{value} has host bits set; the network is {right}")
+
+
+def _unmap(network: Network) -> Network:
+    """Return the IPv4 network of ::ffff:0:0/96 addresses: clients' addresses are unmapped before they are compared."""
+    mapped = network.version == 6 and network.prefixlen >= 96 and getattr(network.network_address, "ipv4_mapped", None)
+    return ipaddress.ip_network(f"{mapped}/{network.prefixlen - 96}") if mapped else network
 
 
 def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -333,7 +339,7 @@ class ListenAddress(NamedTuple):
 
 def parse_listen(value: object) -> ListenAddress:
     """Return the parts of "127.0.0.1:8080", "[::1]:8080" or ":8080" (all IPv4 addresses)."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s]*)):(\d{1,5})", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s]*)):([0-9]{1,5})", value) if isinstance(value, str) else None
     if not match or int(match[3]) > 65535:
         raise ValueError(f"{render_value(value)} is not host:port; write \"127.0.0.1:8080\", \":8080\" or \"[::1]:8080\"")
     return ListenAddress(match[1] or match[2] or "0.0.0.0", int(match[3]))
@@ -418,8 +424,9 @@ FUNCTIONS: dict[str, TemplateFunction] = {
     "date": TemplateFunction(1, _apply_date, "unix seconds in a strftime layout, UTC"),
 }
 
-_INSERT = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
-_NAME = re.compile(r"(?:meta\.)?[A-Za-z_][A-Za-z0-9_.-]*", re.ASCII)
+# "{{." opens a placeholder of podman's and docker's own (--format '{{.State}}'); it is left alone.
+_INSERT = re.compile(r"\{\{(?!\.)(.*?)\}\}", re.DOTALL)
+_NAME = re.compile(r"meta\.[A-Za-z0-9_.-]{1,64}|(?!meta\.)[A-Za-z_][A-Za-z0-9_.-]*", re.ASCII)
 _CALL = re.compile(r"([a-z0-9]+)(?:\((.*)\))?", re.ASCII | re.DOTALL)
 
 
@@ -471,8 +478,8 @@ def _parse_call(source: str) -> tuple[str, tuple[str, ...]]:
         raise ValueError(f"{name} takes {function.arguments} argument{'s' * (function.arguments != 1)}: {source.strip()}")
     if name == "match":
         try:
-            re.compile(arguments[0])
-        except re.error as error:
+            re.compile(arguments[0], re.ASCII)
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"match has a bad regular expression: {error}") from None
     return name, arguments
 
@@ -487,7 +494,7 @@ def parse_template(text: str) -> Template:
             raise ValueError(f"{match[0]} is no placeholder; write {{{{NAME}}}} or {{{{NAME|function}}}}")
         parts += [text[position : match.start()], Insert(name.strip(), tuple(_parse_call(call) for call in calls))]
         position = match.end()
-    if "{{" in text[position:]:
+    if re.search(r"\{\{(?!\.)", text[position:]):
         raise ValueError("'{{' without '}}'")
     return Template(text, tuple(part for part in [*parts, text[position:]] if part != ""))
 
@@ -523,12 +530,15 @@ def find_cycle(custom: Mapping[str, Template]) -> str | None:
     return next(filter(None, (visit(name, ()) for name in custom)), None)
 
 
-def _resolve(name: str, scope: Scope) -> str | None:
+def _resolve(name: str, scope: Scope) -> str:
     if name in scope.values:
         return scope.values[name]
     if name in scope.custom:
         return expand(scope.custom[name], scope)
-    return scope.metadata.get(name.removeprefix("meta."))
+    name = name.removeprefix("meta.")
+    if name not in scope.metadata:
+        raise ValueError(f"metadata.{name} is needed by this service and missing")
+    return scope.metadata[name]
 
 
 def expand(template: Template, scope: Scope) -> str:
@@ -538,12 +548,19 @@ def expand(template: Template, scope: Scope) -> str:
         if isinstance(part, str):
             pieces.append(part)
             continue
-        value = _resolve(part.name, scope)
-        if value is None and not any(name == "default" for name, _ in part.calls):
-            raise ValueError(f"metadata.{part.name.removeprefix('meta.')} is needed by this service and missing")
+        try:
+            given = _resolve(part.name, scope)
+        except ValueError:
+            if not any(name == "default" for name, _ in part.calls):
+                raise
+            given = ""
+        value = given
         for name, arguments in part.calls:
-            value = FUNCTIONS[name].apply(value or "", *arguments)
-        pieces.append(value or "")
+            value = FUNCTIONS[name].apply(value, *arguments)
+        # "app:-v" is a harmless image, but its tag would be an option of the command.
+        if value.startswith("-") and given and not given.startswith("-") and not any(pieces):
+            raise ValueError(f"a part of {part.name} starts with '-', so a command would take it for an option")
+        pieces.append(value)
     return "".join(pieces)
 
 
@@ -702,7 +719,7 @@ def _parse_regex(value: Any, place: Place) -> re.Pattern[str]:
         raise ValueError("is not a regular expression")
     try:
         pattern = re.compile(value, re.ASCII)
-    except re.error as error:
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"is not a valid regular expression: {error}") from None
     if pattern.fullmatch("") or pattern.fullmatch("any/thing:at-all"):
         place.warning("matches anything; name the repository, as in ghcr\\.io/owner/name:v[0-9.]+")
@@ -712,12 +729,25 @@ def _parse_regex(value: Any, place: Place) -> re.Pattern[str]:
 # Names that change what a command is or does, whatever the operator meant by allowing them: a caller who could set
 # one of these could run code of his own (Shellshock, httpoxy and GIT_SSH_COMMAND are all of this kind).
 DENIED_ENV = re.compile(
-    r"PATH|IFS|ENV|BASH_ENV|SHELLOPTS|BASHOPTS|BASH_FUNC.*|PS4|PROMPT_COMMAND|CDPATH|HOME|SHELL|USER|LOGNAME|TMPDIR"
+    r"PATH|IFS|ENV|ZDOTDIR|FPATH|BASH_ENV|SHELLOPTS|BASHOPTS|BASH_FUNC.*|PS4|PROMPT_COMMAND|CDPATH|HOME|SHELL|USER|LOGNAME|TMPDIR"
     r"|LD_.*|DYLD_.*|GCONV_PATH|LOCPATH|NLSPATH|HOSTALIASES|RES_OPTIONS|MALLOC_.*|GLIBC_TUNABLES"
     r"|PYTHON.*|PERL.*|RUBY.*|GEM_.*|BUNDLE_.*|NODE_.*|NPM_CONFIG_.*|JAVA_TOOL_OPTIONS|_JAVA_OPTIONS|JDK_JAVA_OPTIONS"
     r"|CLASSPATH|PHPRC|PHP_INI_SCAN_DIR|LUA_.*|GIT_.*|SSH_.*|DOCKER_.*|CONTAINERS?_.*|KUBECONFIG|EDITOR|VISUAL|PAGER"
     r"|BROWSER|HTTPS?_PROXY|ALL_PROXY|FTP_PROXY|NO_PROXY|SSL_CERT_.*|CURL_.*|OPENSSL_.*|HOOKSHOT_.*|NOTIFY_SOCKET"
     r"|LISTEN_.*|CREDENTIALS_DIRECTORY|WATCHDOG_.*|SUDO_.*|XDG_.*|DBUS_.*", re.ASCII | re.IGNORECASE)
+
+
+# Never let through to a command: it could speak in the server's name, or hold a secret.
+NEVER_INHERITED = re.compile(r"HOOKSHOT_.*|DEPLOY_RECEIVER_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY|LISTEN_.*|WATCHDOG_.*|INVOCATION_ID"
+                             r"|JOURNAL_STREAM|MAINPID", re.ASCII)
+
+
+def _parse_inherited_name(value: Any, place: Place) -> str:
+    if not isinstance(value, str) or not ENV_NAME.fullmatch(value):
+        raise ValueError(f"{render_value(value)} is not the name of an environment variable")
+    if NEVER_INHERITED.fullmatch(value):
+        raise ValueError(f"{value} is never let through: with it a command could speak in the server's name, or hold a secret")
+    return value
 
 
 def _parse_override_name(value: Any, place: Place) -> str:
@@ -745,8 +775,9 @@ _TEXT = _text()
 _PATH = Check("absolute path", _parse_absolute)
 _NETWORKS = _list(_plain(parse_network, "address or CIDR network"), 0, 100)
 _SECRET_NAMES = _list(_text(SECRET_NAME, "secret name"), 1, 16)
-_ENV_NAMES = _list(_text(ENV_NAME, "environment variable name"), 0, 100)
-_ENV_TEXTS = _mapping(ENV_NAME, Check("text with placeholders", _parse_template_value))
+_ENV_NAMES = _list(Check("environment variable name", _parse_inherited_name), 0, 100)
+# HOOKSHOT_* is what the server sets; a name of the operator's there would be overwritten.
+_ENV_TEXTS = _mapping(re.compile(r"(?!HOOKSHOT_)" + ENV_NAME.pattern, re.ASCII), Check("text with placeholders", _parse_template_value))
 _URL_PATH = _text(re.compile(r"/[A-Za-z0-9._/-]{1,63}", re.ASCII), "path such as \"/health\"")
 _HOUR = 3600
 
@@ -1000,7 +1031,7 @@ def is_table(default: object) -> bool:
 
 def _load_table(table: type, raw: Mapping[str, Any], place: Place) -> Any:
     """Return `table` built from `raw`; a key with a problem is None."""
-    for name in raw.keys() - set(table._fields):
+    for name in [name for name in raw if name not in table._fields]:
         (place / name).problem(f"unknown key{nearest(name, table._fields)}")
     return table(**{name: _load_field(default, raw, name, place / name) for name, default in table._field_defaults.items()})
 
@@ -1020,31 +1051,42 @@ def _load_field(field: Any, raw: Mapping[str, Any], name: str, place: Place) -> 
     return None if field.default is None else field.check.parse(field.default, place)
 
 
-# An argument after one of these words and its option is program text: a value inserted there would be executed.
+# After one of these programs an option makes program text of an argument: as a letter, alone or with others ("-lc"), or as
+# a word. A value inserted there would be executed.
 _SCRIPT_OPTIONS = {
-    **dict.fromkeys(("sh", "bash", "dash", "zsh", "ksh", "ash", "fish", "csh", "tcsh", "su", "python", "python3"), "c"),
-    **dict.fromkeys(("perl", "ruby", "node"), "e"), "php": "r",
+    **dict.fromkeys(("sh", "bash", "rbash", "dash", "zsh", "ksh", "mksh", "ash", "fish", "csh", "tcsh", "su", "runuser", "flock",
+                     "python", "pypy"), ("c", "command")),
+    **dict.fromkeys(("perl", "ruby", "node", "nodejs", "lua"), ("eEp", "eval|print")), "php": ("rBRE", "run"),
 }
-_INTERPRETER = re.compile(r"(?:.*/)?([a-z]+\d?)[\d.]*", re.ASCII)
+_INTERPRETER = re.compile(r"(?:.*/)?([a-z]+)[\d.]*", re.ASCII)
+# What follows one of these is a name: a user or a container may be called "node".
+_NAMING_OPTIONS = ("-u", "--user", "-g", "--group", "--name")
 
 
-def find_script(argv: Sequence[Template]) -> int | None:
-    """Return the index of the argument that is program text ("-c" of a shell and the like), or None."""
-    option = None
-    for index, word in enumerate(argv):
-        if option and re.fullmatch(rf"-[A-Za-z]*{option}[A-Za-z]*", word.text) and index + 1 < len(argv):
-            return index + 1
-        match = _INTERPRETER.fullmatch(word.text)
-        option = _SCRIPT_OPTIONS.get(match[1]) if match and match[1] in _SCRIPT_OPTIONS else option
-    return None
+def find_scripts(argv: Sequence[Template]) -> list[int]:
+    """Return the indexes of the arguments that may be program text ("-c" of a shell and the like)."""
+    found: list[int] = []
+    letters, words, is_next, is_own = "", "", False, False
+    for index, (before, text) in enumerate(itertools.pairwise(["", *(word.text for word in argv)])):
+        match = _INTERPRETER.fullmatch(text) if before not in _NAMING_OPTIONS else None
+        if is_next:
+            found.append(index)
+            # A shell goes on reading options: bash -c -o pipefail 'text'.
+            is_next = text.startswith(("-", "+")) or before in ("-o", "+o", "-O", "+O")
+        if match and match[1] in _SCRIPT_OPTIONS:
+            (letters, words), is_own = _SCRIPT_OPTIONS[match[1]], True
+        elif letters and re.fullmatch(rf"-[A-Za-z]*[{letters}][A-Za-z]*|--(?:{words})", text):
+            is_next = True
+        elif letters and re.match(rf"--(?:{words})=" + rf"|-[A-Za-z]*[{letters}]" * is_own, text):
+            found.append(index)  # The text may stand in the same word: python3 -c'text'.
+        is_own = is_own and (bool(match) or text.startswith(("-", "+")))
+    return found
 
 
-def env_name_of(name: str) -> str:
+def env_name_of(name: str, custom: Iterable[str] = ()) -> str:
     """Return the environment variable that carries a template variable to every command."""
-    if name.startswith("meta."):
+    if name not in VARIABLES and name not in custom:
         name = "META_" + name.removeprefix("meta.")
-    elif names_metadata(name):
-        name = "META_" + name
     return "HOOKSHOT_" + re.sub(r"[^A-Z0-9]", "_", name.upper())
 
 
@@ -1055,10 +1097,12 @@ def _check_command(command: CommandSpec, custom: Iterable[str], place: Place, *,
         if text and (problem := check_template(text, custom, late=late)):
             where.problem(problem)
     argv = [word or Template("", ()) for word in command.run or ()]
-    script = find_script(argv)
-    if script is not None and argv[script].inserts:
+    if any(insert.name not in {*VARIABLES, *custom} and names_metadata(insert.name) for insert in (argv[0].inserts if argv else ())):
+        place.at(0).problem("the program itself may not come from a request's metadata")
+    script = next((index for index in find_scripts(argv) if argv[index].inserts), None)
+    if script is not None:
         insert = argv[script].inserts[0]
-        advice = f'"${env_name_of(insert.name)}"' if not insert.calls else "a variable set in env, such as " \
+        advice = f'"${env_name_of(insert.name, custom)}"' if not insert.calls else "a variable set in env, such as " \
             f'env = {{ VALUE = "{{{{{insert.name}|{insert.calls[0][0]}}}}}" }} and "$VALUE"'
         place.at(script).problem(f"a placeholder inside program text would be executed; write {advice} instead")
 
@@ -1106,7 +1150,8 @@ def _check_health(health: Healthcheck, place: Place) -> None:
             f"{health.success_threshold} can never be reached with max_attempts {health.max_attempts}")
     if (health.interval or 0) * (health.max_attempts or 0) > _HOUR:
         (place / "interval").problem("interval x max_attempts is more than an hour")
-    if health.tcp and not re.fullmatch(r"[^\s]+:([0-9]{1,5}|.*\}\})", health.tcp.text):
+    match = health.tcp and re.fullmatch(r"\S+:(?:([0-9]{1,5})|.*\}\})", health.tcp.text)
+    if health.tcp and (not match or int(match[1] or 0) > 65535):
         (place / "tcp").problem(f"{render_value(health.tcp.text)} is not host:port")
 
 
@@ -1119,7 +1164,7 @@ class Services(NamedTuple):
 def _parse_toml(text: str, file: str, problems: list[Problem]) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # Not only TOMLDecodeError: a number of 5,000 digits, deep nesting.
         problems.append(Problem(file, "", f"is not valid TOML: {error}"))
         return {}
 
@@ -1137,7 +1182,7 @@ def load_services(text: str, file: str, config: Config, problems: list[Problem])
     """Return the parsed services.toml; what is wrong with it is added to `problems`."""
     raw = _parse_toml(text, file, problems)
     place = Place(file, "", problems)
-    for name in raw.keys() - {"defaults", "service"}:
+    for name in [name for name in raw if name not in ("defaults", "service")]:
         (place / name).problem(f"unknown key{nearest(name, ('defaults', 'service'))}")
     defaults = _load_field(Defaults, raw, "defaults", place / "defaults")
     tables = raw.get("service", [])
@@ -1150,7 +1195,11 @@ def load_services(text: str, file: str, config: Config, problems: list[Problem])
         here = place._replace(path=f'service "{clip(escape_controls(name), 40)}"' if isinstance(name, str) else f"service[{index}]")
         service = _load_table(Service, table, here)
         _check_service(service, here)
-        if name in by_name:
+        for variable, text in (defaults.env or {}).items():
+            if text and variable not in (service.env or {}) and (problem := check_template(text, service.templates or {}, late=False)):
+                unknown = Problem(file, f"defaults.env.{variable}", problem)
+                problems += [] if unknown in problems else [unknown]
+        if service.name in by_name:
             (here / "name").problem("is used by another service too")
         if service.name:
             by_name[service.name] = _inherit(service, defaults, config.limits)
@@ -1199,6 +1248,8 @@ MAX_JSON_DEPTH = 16
 # 2**63 has 19 digits; a longer integer is no number of anything here, and int() of it costs quadratic time.
 MAX_NUMBER_CHARS = 20
 MAX_METADATA_KEYS = 50
+# Told of one body: a megabyte of wrong fields must not be answered with another one.
+MAX_PROBLEMS = 50
 
 
 class Request(NamedTuple):
@@ -1350,7 +1401,8 @@ class _Fields:
 
     def __init__(self, document: Mapping[str, Any], known: Sequence[str], prefix: str = ""):
         self._document, self._prefix = document, prefix
-        self.problems = [f"{prefix}{_show_key(name)}: unknown field{nearest(name, known)}" for name in document if name not in known]
+        unknown = itertools.islice((name for name in document if name not in known), MAX_PROBLEMS)
+        self.problems = [f"{prefix}{_show_key(name)}: unknown field{nearest(name, known)}" for name in unknown]
 
     def text(self, name: str, check: Callable[[str], str | None], *, required: bool = False) -> str | None:
         value = self._document.get(name)
@@ -1428,7 +1480,7 @@ def parse_deploy(verified: VerifiedBody, idempotency_key: str | None) -> DeployR
         key_id=verified.key_id)
     problems += overrides.problems
     if problems:
-        raise HookshotError("validation", "; ".join(problems[:10]), details="\n".join(problems))
+        raise HookshotError("validation", "; ".join(problems[:10]), details="\n".join(problems[:MAX_PROBLEMS]))
     return request
 
 
@@ -1446,7 +1498,7 @@ def parse_wait(query: Mapping[str, str], prefer: str | None) -> int | None:
     """Return the seconds that a caller wants to wait for the end (?wait=N, or Prefer: wait=N of RFC 7240), or None."""
     text = query.get("wait")
     if text is None:
-        preferences = (part.partition("=") for part in (prefer or "").split(","))
+        preferences = (part.partition(";")[0].partition("=") for part in (prefer or "").split(","))
         text = next((value.strip().strip('"') for name, _, value in preferences if name.strip().lower() == "wait"), None)
         # An unreadable preference is no preference (RFC 7240, section 2).
         return int(text) if text and re.fullmatch(r"\d{1,6}", text, re.ASCII) else None
@@ -1764,9 +1816,6 @@ def _signal_name(number: int) -> str:
 
 # Let through from the server's environment: what programs need to find their files and speak the right language.
 SAFE_ENV = re.compile(r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_[A-Z]+|TZ|TMPDIR", re.ASCII)
-# Never let through, even if inherit_env names it: it would let a command speak in the server's name, or hold a secret.
-NEVER_INHERITED = re.compile(r"HOOKSHOT_.*|DEPLOY_RECEIVER_.*|NOTIFY_SOCKET|CREDENTIALS_DIRECTORY|LISTEN_.*|WATCHDOG_.*|INVOCATION_ID"
-                             r"|JOURNAL_STREAM|MAINPID", re.ASCII)
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -1857,7 +1906,7 @@ def _checks_of(health: Healthcheck, scope: Scope) -> tuple[HttpCheck | SocketChe
                                 None if contains is None else _expand(contains, scope), timeout_s))
     if health.tcp:
         host, _, port = _expand(health.tcp, scope).rpartition(":")
-        if not port.isdecimal() or int(port) > 65535:
+        if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
             raise HookshotError("validation", "the health check's tcp address has no port")
         checks.append(SocketCheck(host.strip("[]"), int(port), timeout_s))
     if health.unix:
@@ -1906,7 +1955,7 @@ def _variables(scope: Scope) -> dict[str, str]:
     env = {f"HOOKSHOT_META_{re.sub('[^A-Z0-9]', '_', name.upper())}": value for name, value in scope.metadata.items()}
     for name, template in scope.custom.items():
         with contextlib.suppress(ValueError):
-            env[env_name_of(name)] = expand(template, scope)
+            env[env_name_of(name, scope.custom)] = expand(template, scope)
     env |= {f"HOOKSHOT_{name}": value for name, value in scope.values.items()}
     return env
 
