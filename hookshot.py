@@ -2300,6 +2300,8 @@ def end_groups(pgids: Iterable[int], *, kill_after_s: float = KILL_AFTER_S) -> N
         left = [pgid for pgid in left if is_group_alive(pgid)]
     for pgid in left:
         signal_group(pgid, signal.SIGKILL)
+    while any(is_group_alive(pgid) for pgid in left) and time.monotonic() < deadline + KILL_AFTER_S:
+        time.sleep(0.01)
 
 
 # === 12. LOG ==========================================================================================================
@@ -2323,7 +2325,7 @@ class Masker:
         forms: set[bytes] = set()
         for value in values:
             if len(value) >= _MIN_MASKED_BYTES:
-                forms |= {value, base64.b64encode(value).rstrip(b"="), urllib.parse.quote(value, safe="").encode(),
+                forms |= {value, base64.b64encode(value).rstrip(b"="), urllib.parse.quote(value, safe="").encode(), urllib.parse.quote_plus(value).encode(),
                           json.dumps(value.decode("utf-8", "replace"))[1:-1].encode()}
         # Longest first: a secret that contains another one is masked whole.
         self._forms = sorted(forms, key=len, reverse=True)
@@ -2340,12 +2342,19 @@ class Masker:
         return self.mask(text.encode("utf-8", "replace")).decode("utf-8", "replace") if self._forms else text
 
     def safe_length(self, content: bytes) -> int:
-        """Return how much of the end-to-be-continued content can be let go: what follows may be the start of a secret."""
-        longest = min(len(self._forms[0]) - 1, len(content)) if self._forms else 0
-        for start in range(len(content) - longest, len(content)):
-            if any(form.startswith(content[start:]) for form in self._forms):
-                return start
-        return len(content)
+        """Return how much of the end-to-be-continued content can be masked and let go: the rest may be the start of a secret."""
+        safe = len(content)
+        for form in self._forms:
+            start = content.find(form[:1], max(0, len(content) - len(form) + 1))
+            while 0 <= start < safe:
+                if form.startswith(content[start:]):
+                    safe = start
+                start = content.find(form[:1], start + 1)
+        # A secret that lies whole across that place stays whole.
+        for form in self._forms:
+            whole = content.find(form, max(0, safe - len(form) + 1), safe + len(form) - 1)
+            safe = whole if whole >= 0 else safe
+        return safe
 
 
 class Log:
@@ -2517,6 +2526,8 @@ _COUNT_OF_STATE = {State.SUCCEEDED: "succeeded", State.FAILED: "failed", State.R
 _HEALTH_OF_STATE = {State.SUCCEEDED: "Healthy", State.FAILED: "Unhealthy", State.ROLLED_BACK: "Degraded",
                     State.ROLLBACK_FAILED: "Unhealthy"}
 _SENTENCE_OF_SQLITE_ERROR = {
+    # What a full disk gives where the shared memory of the write-ahead log must be made: at start.
+    sqlite3.SQLITE_IOERR_SHMSIZE: ("disk_full", "the disk is full; free some space"),
     sqlite3.SQLITE_FULL: ("disk_full", "the disk is full; free some space"),
     sqlite3.SQLITE_READONLY: ("storage", "the database is read-only; check the file system and the owner of its files"),
     sqlite3.SQLITE_IOERR: ("storage", "the disk failed while the database was used; check the kernel's log"),
@@ -2564,8 +2575,9 @@ class ServiceRecord(NamedTuple):
 
 
 def _storage_error(error: sqlite3.Error) -> HookshotError:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    name, sentence = _SENTENCE_OF_SQLITE_ERROR.get(code, ("storage", f"the database cannot be used ({error})"))
+    code = getattr(error, "sqlite_errorcode", 0)
+    name, sentence = _SENTENCE_OF_SQLITE_ERROR.get(code) or _SENTENCE_OF_SQLITE_ERROR.get(code & 0xFF) or (
+        "storage", f"the database cannot be used ({error})")
     return HookshotError(name, sentence, details=str(error))
 
 
@@ -2726,7 +2738,7 @@ class Store:
         if on_busy == "replace":
             superseded = self._supersede(db, request.service, at_ms)
             queued = 0
-        elif on_busy == "reject" and (queued or sum(counts.values()) >= limits.max_concurrent_per_service):
+        elif on_busy == "reject" and queued + sum(counts.values()) >= limits.max_concurrent_per_service:
             raise HookshotError("busy", f"service {request.service} is busy and does not queue (on_busy = \"reject\")")
         if queued >= limits.max_queue_per_service:
             raise HookshotError("busy", f"{queued} deployments of service {request.service} wait already")
@@ -2808,8 +2820,8 @@ class Store:
 
     @staticmethod
     def _add_move(db: sqlite3.Connection, deployment: Deployment, at_ms: int, reason: str) -> None:
-        db.execute("INSERT INTO moves (seq, n, state, at_ms, reason) SELECT ?1, count(*), ?2, ?3, ?4 FROM moves WHERE seq=?1",
-                   (deployment.seq, deployment.state, at_ms, reason))
+        db.execute("INSERT INTO moves (seq, n, state, at_ms, reason) SELECT ?, count(*), ?, ?, ? FROM moves WHERE seq=?",
+                   (deployment.seq, deployment.state, at_ms, reason, deployment.seq))
 
     @staticmethod
     def _count(db: sqlite3.Connection, ended: Deployment) -> None:
@@ -2818,11 +2830,13 @@ class Store:
         failed_ms = ended.completed_ms if ended.state in (State.FAILED, State.ROLLED_BACK, State.ROLLBACK_FAILED) else None
         health = _HEALTH_OF_STATE.get(ended.state)
         db.execute(f"INSERT INTO services (name, {column}, last_deploy_id, last_status, last_completed_ms, current_image, last_failure_ms, "
-                   "health, duration_ms) VALUES (?1, 1, ?2, ?3, ?4, ?5, ?6, coalesce(?7, 'Unknown'), ?8) ON CONFLICT (name) DO UPDATE SET "
-                   f"{column}={column}+1, last_deploy_id=?2, last_status=?3, last_completed_ms=?4, current_image=coalesce(?5, current_image), "
-                   "last_failure_ms=coalesce(?6, last_failure_ms), health=coalesce(?7, health), duration_ms=duration_ms+?8",
+                   "health, duration_ms) VALUES (?, 1, ?, ?, ?, ?, ?, coalesce(?, 'Unknown'), ?) ON CONFLICT (name) DO UPDATE SET "
+                   f"{column}={column}+1, last_deploy_id=excluded.last_deploy_id, last_status=excluded.last_status, "
+                   "last_completed_ms=excluded.last_completed_ms, current_image=coalesce(excluded.current_image, current_image), "
+                   "last_failure_ms=coalesce(excluded.last_failure_ms, last_failure_ms), health=coalesce(?, health), "
+                   "duration_ms=duration_ms+excluded.duration_ms",
                    (ended.service, ended.deploy_id, ended.state, ended.completed_ms, image, failed_ms, health,
-                    ended.duration_ms or 0 if health else 0))
+                    ended.duration_ms or 0 if health else 0, health))
 
     def note_progress(self, deployment: Deployment, results: Sequence[NumberedResult] = (), moved: tuple[State, Move] | None = None) -> None:
         """Record which command runs now and as which process, so that a restart can find what is left of it.
@@ -2851,8 +2865,10 @@ class Store:
                 return ()
 
         def work(db: sqlite3.Connection) -> tuple[Deployment, ...]:
-            rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE completed_ms IS NULL AND state='Queued' "
-                              "AND queued_ms < ?", (oldest_ms,)).fetchall()
+            # One that starts over waits from then on, not from when it was first queued.
+            rows = db.execute(
+                f"SELECT {_COLUMNS} FROM deployments WHERE completed_ms IS NULL AND state='Queued' AND "
+                "(SELECT max(at_ms) FROM moves WHERE moves.seq=deployments.seq AND moves.state='Queued') < ?", (oldest_ms,)).fetchall()
             reason = f"expired: it waited longer than lock_timeout ({lock_timeout_s} s) for its turn"
             return tuple(self._move(db, _deployment_of(row), Outcome.CANCELLED, reason, at_ms, error=reason) for row in rows)
 
@@ -2870,8 +2886,8 @@ class Store:
 
     def history(self, *, service: str | None, state: str | None, before_seq: int | None, limit: int) -> tuple[Deployment, ...]:
         """Return deployments, newest first, older than the one with `before_seq`."""
-        return self._select("WHERE (?1 IS NULL OR service=?1) AND (?2 IS NULL OR state=?2) AND seq < ?3 ORDER BY seq DESC LIMIT ?4",
-                            (service, state, before_seq or 1 << 62, limit))
+        return self._select("WHERE service=coalesce(?, service) AND state=coalesce(?, state) AND seq < ? ORDER BY seq DESC LIMIT ?",
+                            (service, state, 1 << 62 if before_seq is None else before_seq, limit))
 
     def _select(self, clause: str, values: Sequence[Any]) -> tuple[Deployment, ...]:
         with self._reader() as db:
@@ -2922,10 +2938,10 @@ class Store:
         """Remove up to `batch` deployments of a service beyond its retention, logs first; return how many."""
         with self._reader() as db:
             rows = db.execute(
-                "SELECT seq FROM (SELECT seq FROM deployments WHERE completed_ms IS NOT NULL AND service=?1 AND state='Succeeded' "
-                "ORDER BY seq DESC LIMIT -1 OFFSET ?2) UNION ALL SELECT seq FROM (SELECT seq FROM deployments WHERE completed_ms "
-                "IS NOT NULL AND service=?1 AND state<>'Succeeded' ORDER BY seq DESC LIMIT -1 OFFSET ?3) LIMIT ?4",
-                (service, retention.successful_deploys, retention.failed_deploys, batch)).fetchall()
+                "SELECT seq FROM (SELECT seq FROM deployments WHERE completed_ms IS NOT NULL AND service=? AND state='Succeeded' "
+                "ORDER BY seq DESC LIMIT -1 OFFSET ?) UNION ALL SELECT seq FROM (SELECT seq FROM deployments WHERE completed_ms "
+                "IS NOT NULL AND service=? AND state<>'Succeeded' ORDER BY seq DESC LIMIT -1 OFFSET ?) LIMIT ?",
+                (service, retention.successful_deploys, service, retention.failed_deploys, batch)).fetchall()
         for (seq,) in rows:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.logs, f"{seq}.log"))
@@ -2960,6 +2976,7 @@ PREFIX_OF_HOOKSHOT_1 = "DEPLOY_RECEIVER_"
 # Variables of ours that configure the command line and are no secrets.
 _PLAIN_VARIABLES = frozenset({"HOOKSHOT_CONFIG", "HOOKSHOT_SERVICES", "HOOKSHOT_URL", "HOOKSHOT_KEY_FILE"})
 _SECRETS_COMMAND_TIMEOUT_S = 30
+_MAX_SECRETS_BYTES = 1 << 20
 
 
 class Keyring(NamedTuple):
@@ -2984,7 +3001,8 @@ class SecretSurroundings(NamedTuple):
         """Return the secrets in `environ` and remove them from it."""
         prefix = prefix.rstrip("_") + "_"
         found = {}
-        for name in [name for name in environ if name.startswith((prefix, PREFIX_OF_HOOKSHOT_1)) and name not in _PLAIN_VARIABLES]:
+        names = [name for name in environ if name.startswith((prefix, PREFIX_OF_HOOKSHOT_1)) and name not in _PLAIN_VARIABLES]
+        for name in sorted(names, key=lambda name: name.startswith(prefix)):  # ours come last, so they win
             found[name.removeprefix(prefix).removeprefix(PREFIX_OF_HOOKSHOT_1).lower()] = environ.pop(name)
         return cls(found, environ.get("CREDENTIALS_DIRECTORY"))
 
@@ -3020,16 +3038,22 @@ def _read_secrets_file(config: Secrets, surroundings: SecretSurroundings, place:
     except OSError as error:
         place.problem(f"cannot be read: {error.strerror}")
         return {}
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        # Before fdopen, which refuses a folder by an exception.
+        os.close(descriptor)
+        place.problem("is not a regular file")
+        return {}
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            place.problem("is not a regular file")
-        elif status.st_mode & 0o077:
+        if status.st_mode & 0o077:
             place.problem(f"can be read by others (mode {stat.S_IMODE(status.st_mode):04o}); run chmod 600 on it")
         elif status.st_uid not in (0, os.geteuid()):
             place.problem(f"belongs to user {status.st_uid}; it must belong to root or to the server's user {os.geteuid()}")
         else:
-            return parse_secrets(_decode_secrets(file.read(1 << 20), place), place)
+            content = file.read(_MAX_SECRETS_BYTES + 1)
+            if len(content) <= _MAX_SECRETS_BYTES:
+                return parse_secrets(_decode_secrets(content, place), place)
+            place.problem(f"is larger than {render_size(_MAX_SECRETS_BYTES)}")
     return {}
 
 
@@ -3059,7 +3083,7 @@ def _read_systemd_credentials(config: Secrets, surroundings: SecretSurroundings,
 
 
 def _read_environment_secrets(config: Secrets, surroundings: SecretSurroundings, place: Place) -> dict[str, bytes]:
-    return {name: value.encode() for name, value in surroundings.environment.items()}
+    return {name: os.fsencode(value) for name, value in surroundings.environment.items()}
 
 
 def _run_secrets_command(config: Secrets, surroundings: SecretSurroundings, place: Place) -> dict[str, bytes]:
@@ -3100,16 +3124,17 @@ def load_keyring(config: Config, services: Services, surroundings: SecretSurroun
 
 
 def _check_secrets(values: Mapping[str, bytes], config: Config, services: Services, place: Place) -> None:
-    wanted = {name: "secrets.required_secrets" for name in config.secrets.required_secrets or ()}
-    wanted |= {name: "security.hmac_keys" for name in config.security.hmac_keys or ()}
+    keys = {name: "security.hmac_keys" for name in config.security.hmac_keys or ()}
     for service in services.by_name.values():
-        wanted |= {name: f"service {service.name}.security.hmac_keys" for name in (service.security and service.security.hmac_keys) or ()}
+        keys = {name: f"service {service.name}.security.hmac_keys" for name in service.security.hmac_keys or ()} | keys
     if config.security.read_access == "token":
-        wanted["read_token"] = 'security.read_access = "token"'
-    for name, wanted_by in wanted.items():
+        keys["read_token"] = 'security.read_access = "token"'
+    for name, wanted_by in ({name: "secrets.required_secrets" for name in config.secrets.required_secrets or ()} | keys).items():
         if name not in values:
             place.problem(f"secret {name} is not found in any source; it is required by {wanted_by}")
-    for name in values.keys() & (wanted.keys() | {"read_token"}):
+        elif name not in keys and not values[name].strip():
+            place.problem(f"secret {name} is empty; it is required by {wanted_by}")
+    for name in sorted(values.keys() & (keys.keys() | {"read_token"})):
         if problem := check_key(values[name]):
             place.problem(f"secret {name} {problem}; make a new one with `hookshot keygen`")
         elif len(values[name]) < GOOD_KEY_BYTES:
@@ -3186,9 +3211,10 @@ class DeploymentLog:
         self._tail_limit = limit_bytes - self._limit
         self._tail: collections.deque[tuple[str, bytes]] = collections.deque()
         self._tail_bytes = 0
+        self._is_flooded = False
         self._cut_bytes = 0
         self._lost = 0
-        self._unwritten: list[str] = []
+        self._unwritten = bytearray()
         self._descriptor = -1
         self._size = 0
         with contextlib.suppress(OSError):
@@ -3209,8 +3235,7 @@ class DeploymentLog:
         """Write what was noted. The file is created here: that costs a disk more than all else before a command starts."""
         if not self._unwritten:
             return
-        content = "".join(self._unwritten).encode("utf-8", "replace")
-        self._unwritten.clear()
+        content, self._unwritten = bytes(self._unwritten), bytearray()
         try:
             if self._descriptor < 0:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -3222,15 +3247,24 @@ class DeploymentLog:
 
     def close(self) -> None:
         """Write what was kept of the end of a flood, and close the file; again is nothing."""
-        if self._tail:
-            self._write(f"{render_time(now_ms())} log -- {render_size(self._cut_bytes)} were cut here; the end follows\n")
-            _, first = self._tail[0]
-            skipped = first.find(b"\n") + 1 if self._cut_bytes else 0
-            for index, (prefix, block) in enumerate(self._tail):
-                self._write(_prefix_lines(prefix, block[skipped:] if index == 0 else block))
-            self._tail.clear()
+        kept, room = [], self._tail_limit
+        while self._tail and room:
+            content = _prefix_lines(*self._tail.pop())
+            if len(content) > room:
+                start = content.find(b"\n", len(content) - room - 1) + 1
+                self._cut_bytes += start
+                content, room = content[start:], len(content) - start
+            kept.append(content)
+            room -= len(content)
+        self._cut_bytes += sum(len(block) for _, block in self._tail)
+        self._tail.clear()
+        if self._cut_bytes:
+            self._write_note(f"{render_size(self._cut_bytes)} were cut here; the end follows")
+            self._cut_bytes = 0
+        for content in reversed(kept):
+            self._write(content)
         if self._lost:
-            self._write(f"{render_time(now_ms())} log -- {self._lost} writes to this log failed; lines are missing\n")
+            self._write_note(f"{self._lost} writes to this log failed; lines are missing")
             self._lost = 0
         self.flush()
         if self._descriptor >= 0:
@@ -3238,28 +3272,50 @@ class DeploymentLog:
             self._descriptor = -1
 
     def _add(self, prefix: str, block: bytes) -> None:
-        if not self._tail and self._size + len(block) <= self._limit:
-            self._write(_prefix_lines(prefix, block))
-            return
-        if not self._tail:
-            self._write(f"{render_time(now_ms())} log -- max_output is reached; the end of the output follows when the deployment ends\n")
-        self._tail.append((prefix, block))
-        self._tail_bytes += len(block)
-        while self._tail_bytes > self._tail_limit and len(self._tail) > 1:
-            dropped = len(self._tail.popleft()[1])
-            self._tail_bytes -= dropped
-            self._cut_bytes += dropped
+        # In pieces: a block of nothing but newlines grows forty times when each gets its prefix.
+        start = 0
+        while start < len(block):
+            piece = block[start : start + _LINE_BYTES]
+            if start + len(piece) < len(block):
+                piece = piece[: piece.rfind(b"\n") + 1 or _character_boundary(piece, len(piece))]
+            self._add_piece(prefix, piece)
+            start += len(piece)
 
-    def _write(self, text: str) -> None:
-        self._size += len(text.encode("utf-8", "replace"))
-        self._unwritten.append(text)
+    def _add_piece(self, prefix: str, piece: bytes) -> None:
+        if not self._is_flooded:
+            content = _prefix_lines(prefix, piece)
+            if self._size + len(content) <= self._limit:
+                self._write(content)
+                return
+            if half := piece.rfind(b"\n", 0, len(piece) // 2) + 1:
+                self._add_piece(prefix, piece[:half])
+                self._add_piece(prefix, piece[half:])
+                return
+            self._is_flooded = True
+            self._write_note("max_output is reached; the end of the output follows when the deployment ends")
+        self._tail.append((prefix, piece))
+        # At least what it will take in the file; close() measures.
+        self._tail_bytes += len(prefix) + len(piece)
+        while self._tail_bytes > self._tail_limit:
+            prefix, dropped = self._tail.popleft()
+            self._tail_bytes -= len(prefix) + len(dropped)
+            self._cut_bytes += len(dropped)
+
+    def _write_note(self, text: str) -> None:
+        self._write(f"{render_time(now_ms())} log -- {text}\n".encode())
+
+    def _write(self, content: bytes) -> None:
+        self._size += len(content)
+        self._unwritten += content
+        if len(self._unwritten) > CHUNK_BYTES:
+            self.flush()
 
 
-def _prefix_lines(prefix: str, block: bytes) -> str:
+def _prefix_lines(prefix: str, block: bytes) -> bytes:
     text = block.replace(b"\r\n", b"\n").decode("utf-8", "replace").removesuffix("\n")
     if not text.isprintable():
         text = text.translate(_OUTPUT_ESCAPES)
-    return prefix + text.replace("\n", "\n" + prefix) + "\n"
+    return (prefix + text.replace("\n", "\n" + prefix) + "\n").encode("utf-8", "replace")
 
 
 class _Output:
@@ -3275,10 +3331,8 @@ class _Output:
     def feed(self, chunk: bytes) -> None:
         """Take a chunk as it was read."""
         raw = self._raw + chunk
-        # Mask first, judge the rest: a secret that lies whole in `raw` must not hold its own end back.
-        masked = self._masker.mask(raw)
-        safe = self._masker.safe_length(masked)
-        self._raw, masked = masked[safe:], masked[:safe]
+        safe = self._masker.safe_length(raw)
+        self._raw, masked = raw[safe:], self._masker.mask(raw[:safe])
         self._keep(masked)
         block = self._line + masked
         end = block.rfind(b"\n") + 1
@@ -3357,7 +3411,7 @@ def _why_not_started(error: Exception, launch: Launch) -> str:
     if isinstance(error, PermissionError) and launch.account and os.geteuid() != 0:
         return f"could not start: only root can run commands as user {launch.account.name}"
     if isinstance(error, PermissionError):
-        return "could not start: the program is not executable for this user"
+        return "could not start: the program is not executable for this user, or the working directory is closed to it"
     return f"could not start: {getattr(error, 'strerror', None) or type(error).__name__}"
 
 
@@ -3370,8 +3424,10 @@ class _Watch:
         self._poll = select.poll()
         for descriptor in (*self._outputs, stop.fileno()):
             self._poll.register(descriptor, select.POLLIN)
-        # Where there is no pidfd (macOS), the exit is found by asking often.
-        self._pidfd = os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else -1
+        # Where there is no pidfd (macOS, older kernels, strict containers), the exit is found by asking often.
+        self._pidfd = -1
+        with contextlib.suppress(AttributeError, OSError):
+            self._pidfd = os.pidfd_open(process.pid)
         if self._pidfd >= 0:
             self._poll.register(self._pidfd, select.POLLIN)
         self._exited_at: float | None = None
@@ -3399,17 +3455,15 @@ class _Watch:
                 self._note_exit()
             elif self.verdict is None and self._exited_at is None:
                 self._terminate("stopped", at_once=self._stop.reason == "now")
-            elif self._stop.reason == "now" and self._kill_at is not None:
-                self._kill_at = 0.0
-                self._poll.unregister(descriptor)
             else:
+                # Its byte stays unread, because wait() must see it too: from here on every turn looks at its reason.
                 self._poll.unregister(descriptor)
-        if self._pidfd < 0 and self._process.poll() is not None:
+        if self._pidfd < 0 and self._has_exited():
             self._note_exit()
         now = time.monotonic()
         if self.verdict is None and self._exited_at is None and now >= self._deadline:
             self._terminate("timed_out", at_once=False)
-        if self._kill_at is not None and now >= self._kill_at:
+        if self._kill_at is not None and (now >= self._kill_at or self._stop.reason == "now"):
             signal_group(self._process.pid, signal.SIGKILL)
 
     def _read(self, descriptor: int) -> None:
@@ -3420,6 +3474,11 @@ class _Watch:
         self._poll.unregister(descriptor)
         del self._outputs[descriptor]
         pipe.close()
+
+    def _has_exited(self) -> bool:
+        if hasattr(os, "waitid"):
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return self._process.poll() is not None
 
     def _note_exit(self) -> None:
         if self._exited_at is None:
@@ -3435,8 +3494,9 @@ class _Watch:
     def _patience(self) -> float:
         if self._exited_at is not None or self._pidfd < 0:
             return 0.02
-        until = self._kill_at if self._kill_at is not None else self._deadline
-        return min(60.0, max(0.001, until - time.monotonic()))
+        if self._kill_at is not None:
+            return min(0.1, max(0.001, self._kill_at - time.monotonic()))
+        return min(60.0, max(0.001, self._deadline - time.monotonic()))
 
     def _is_over(self) -> bool:
         if self._exited_at is None:
@@ -3460,15 +3520,14 @@ def run_command(launch: Launch, log: DeploymentLog, masker: Masker, stop: StopTo
         return result._replace(note=_why_not_started(error, launch))
     assert process.stdout and process.stderr
     out, err = _Output(launch.phase, "out", log, masker), _Output(launch.phase, "err", log, masker)
-    watch = _Watch(process, {process.stdout: out, process.stderr: err}, stop, started + launch.timeout_s)
     try:
-        on_start(process.pid)
-        watch.run()
+        with contextlib.closing(_Watch(process, {process.stdout: out, process.stderr: err}, stop, started + launch.timeout_s)) as watch:
+            on_start(process.pid)
+            watch.run()
     except BaseException:
         signal_group(process.pid, signal.SIGKILL)
         raise
     finally:
-        watch.close()
         code = process.wait()
     status = watch.verdict or ("succeeded" if code == 0 else "failed")
     return result._replace(status=status, exit_code=code if code >= 0 else None, signal=-code if code < 0 else None,
@@ -3501,6 +3560,12 @@ def _probe_socket(check: SocketCheck) -> str:
     return ""
 
 
+def _hang_up(link: socket.socket, is_read: StopToken, deadline: float) -> None:
+    if not is_read.wait(deadline - time.monotonic()):
+        with contextlib.suppress(OSError):
+            link.shutdown(socket.SHUT_RDWR)
+
+
 def _probe_http(check: HttpCheck) -> str:
     parts = urllib.parse.urlsplit(check.url)
     deadline = time.monotonic() + check.timeout_s
@@ -3513,12 +3578,19 @@ def _probe_http(check: HttpCheck) -> str:
     with contextlib.closing(client):
         client.request("GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")),
                        headers={"User-Agent": f"hookshot/{__version__}", "Connection": "close"})
-        if client.sock:
-            client.sock.settimeout(max(0.001, deadline - time.monotonic()))
-        answer = client.getresponse()
-        body = b""
-        while check.contains is not None and len(body) < 1 << 16 and (piece := answer.read1(1 << 14)):
-            body += piece
+        # The socket's own timeout begins anew with every byte that drips in; this one does not.
+        is_read = StopToken()
+        clock = threading.Thread(target=_hang_up, args=(client.sock, is_read, deadline), name="probe", daemon=True)
+        clock.start()
+        try:
+            answer = client.getresponse()
+            body = b""
+            while check.contains is not None and len(body) < 1 << 16 and (piece := answer.read1(1 << 14)):
+                body += piece
+        finally:
+            is_read.set("read")
+            clock.join()
+            is_read.close()
             if time.monotonic() >= deadline:
                 raise TimeoutError
     if answer.status != check.status:
