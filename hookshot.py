@@ -41,8 +41,10 @@ import argparse
 import base64
 import collections
 import contextlib
+import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import http.client
@@ -2574,7 +2576,12 @@ class ServiceRecord(NamedTuple):
     last_failure_ms: int | None = None
 
 
-def _storage_error(error: sqlite3.Error) -> HookshotError:
+def _is_of_storage(error: BaseException) -> bool:
+    """Return whether the database or its disk failed, and not a statement of ours."""
+    return isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError)
+
+
+def _storage_error(error: BaseException) -> HookshotError:
     code = getattr(error, "sqlite_errorcode", 0)
     name, sentence = _SENTENCE_OF_SQLITE_ERROR.get(code) or _SENTENCE_OF_SQLITE_ERROR.get(code & 0xFF) or (
         "storage", f"the database cannot be used ({error})")
@@ -2663,7 +2670,7 @@ class Store:
             if not ticket.is_done:
                 self._carry_out([self._pending.popleft() for _ in range(len(self._pending))])
         if ticket.error:
-            raise _storage_error(ticket.error) if isinstance(ticket.error, sqlite3.Error) else ticket.error
+            raise _storage_error(ticket.error) if _is_of_storage(ticket.error) else ticket.error
         return ticket.result
 
     def _carry_out(self, tickets: Sequence[_Ticket]) -> None:
@@ -2723,7 +2730,11 @@ class Store:
 
         Raises `conflict` for the same id with another body, `busy` when the service's rules say so, `disk_full`.
         """
-        if free_bytes(self._folder) < DISK_RESERVE_BYTES:
+        try:
+            free = free_bytes(self._folder)
+        except OSError as error:
+            raise HookshotError("storage", f"the data directory cannot be used: {error.strerror}") from None
+        if free < DISK_RESERVE_BYTES:
             raise HookshotError("disk_full", f"less than {render_size(DISK_RESERVE_BYTES)} are free for {self._folder}; free some space")
         return self._write(lambda db: self._submit(db, request, trigger, at_ms, limits, on_busy), durable=True)
 
@@ -4432,7 +4443,7 @@ def _wait_for_end(app: App, request: Request, deployment: Deployment, seconds: i
             latest = waiter.wait(min(left_s, 1.0)) or latest
             if request.is_gone():
                 break
-    return latest
+    return latest if latest.is_terminal else app.store.get(deployment.deploy_id) or latest
 
 
 def _answer_end(deployment: Deployment, *, is_repeat: bool, headers: tuple[tuple[str, str], ...]) -> Response:
@@ -4575,8 +4586,6 @@ def handle_logs(app: App, request: Request) -> Response:
         start = int(resume) if re.fullmatch(r"\d{1,15}", resume, re.ASCII) else start
         stream = _follow_events(app, request, deployment, path, start)
         return Response(200, content_type="text/event-stream", headers=(("X-Accel-Buffering", "no"),), stream=stream)
-    if request.method == "HEAD":
-        return Response(200, content_type="text/plain; charset=utf-8")
     stream = (chunk for _, chunk in _read_log(app, request, deployment, path, start, follows))
     return Response(200, content_type="text/plain; charset=utf-8", headers=(("X-Accel-Buffering", "no"),), stream=stream)
 
@@ -4888,7 +4897,8 @@ class _Connection:
         while (end := self._buffer.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)) < 0:
             if len(self._buffer) >= MAX_HEAD_BYTES:
                 raise HookshotError("headers_too_large", f"the headers are larger than {MAX_HEAD_BYTES} bytes")
-            if _BAD_LINE_END.search(self._buffer[:-1]):
+            # A CR at the end may be followed by its LF in the next segment.
+            if _BAD_LINE_END.search(self._buffer.removesuffix(b"\r")):
                 raise HookshotError("bad_request", "a line does not end in CR LF, or holds a NUL")
             self._receive()
         head, self._buffer = parse_head(self._buffer[:end]), self._buffer[end + 4 :]
@@ -5248,14 +5258,18 @@ class Daemon:
         self._begin("accept", lambda: self._server.serve_forever(poll_interval=0.25))
         self.engine.recover()
         self.engine.start()
-        self._begin("housekeeper", self._keep_house)
+        self._housekeeper = self._begin("housekeeper", self._keep_house)
+        # What exists now stays for ever: the garbage collector need not look at it again and again.
+        gc.freeze()
         self.app.is_ready = True
         for warning in self.warnings:
             self.log.write("warning", "config_warning", f"{warning.file}: {warning.path} {warning.message}")
         self.publish(Noted("started", f"hookshot {__version__} listens on {self.url}, {len(self._current.services.by_name)} services"))
 
-    def _begin(self, name: str, work: Callable[[], None]) -> None:
-        threading.Thread(target=work, name=name, daemon=True).start()
+    def _begin(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        thread.start()
+        return thread
 
     def stop(self) -> None:
         """Shut down: drain, wait, stop, close. A second signal meanwhile stops what runs at once."""
@@ -5272,6 +5286,7 @@ class Daemon:
             self.engine.stop("shutdown")
             self.engine.join(KILL_AFTER_S + 2)
         self._house_stop.set()
+        self._housekeeper.join(_CLOSE_S)
         self.app.is_closing = True
         if self.waiters.release():
             time.sleep(_CLOSE_S)
@@ -5385,10 +5400,10 @@ class Client:
         with self._open("POST", path, body, headers) as response:
             return self._document(response)
 
-    def follow(self, deploy_id: str, last_event_id: str) -> Iterator[tuple[str, str, str]]:
-        """Yield (event, id, data) of a deployment's log until its "end" event."""
+    def follow(self, deploy_id: str, last_event_id: str, timeout_s: float) -> Iterator[tuple[str, str, str]]:
+        """Yield (event, id, data) of a deployment's log until its "end" event; event "" when nothing but time goes by."""
         headers = {"Accept": "text/event-stream", "Last-Event-ID": last_event_id}
-        with self._open("GET", f"/logs/{deploy_id}", b"", headers) as response:
+        with self._open("GET", f"/logs/{deploy_id}", b"", headers, min(_READ_TIMEOUT_S, timeout_s)) as response:
             if response.status != 200:
                 self._document(response)
             event, event_id, found = "message", "", []
@@ -5400,6 +5415,8 @@ class Client:
                     event_id = value
                 elif name == "event":
                     event = value
+                elif line.startswith(":"):
+                    yield "", event_id, ""
                 elif not line and found:
                     yield event, event_id, "\n".join(found)
                     event, found = "message", []
@@ -5419,13 +5436,14 @@ class Client:
             raise self._unreachable(error) from None
 
     @contextlib.contextmanager
-    def _open(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Iterator[http.client.HTTPResponse]:
+    def _open(self, method: str, path: str, body: bytes, headers: Mapping[str, str],
+              timeout_s: float = _READ_TIMEOUT_S) -> Iterator[http.client.HTTPResponse]:
         connection_class = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         link = connection_class(self._parts.hostname or "", self._parts.port, timeout=_CONNECT_TIMEOUT_S)
         authorization = {"Authorization": f"Bearer {self._token}"} if self._token and method == "GET" else {}
         try:
             link.connect()
-            link.sock.settimeout(_READ_TIMEOUT_S)
+            link.sock.settimeout(timeout_s)
             link.request(method, self._parts.path.rstrip("/") + path, body or None,
                          {"User-Agent": f"hookshot/{__version__}", "Accept": "application/json", **authorization, **headers})
             response = link.getresponse()
@@ -5503,17 +5521,18 @@ def follow_deployment(client: Client, deploy_id: str, body: bytes | None, line: 
     Survives a restart of the server. Where reading is not allowed, asks with the signed request itself (`body`).
     """
     last_id, contact = "", time.monotonic()
-    while time.monotonic() < deadline:
+    while (left_s := deadline - time.monotonic()) > 0:
         try:
-            for event, event_id, data in client.follow(deploy_id, last_id):
+            for event, event_id, data in client.follow(deploy_id, last_id, left_s):
                 contact = time.monotonic()
                 if event == "end":
                     status = str(json.loads(data).get("status"))
                     if status in TERMINAL:
                         return status
                     break
-                last_id = event_id
-                line.print(data)
+                if event:
+                    last_id = event_id
+                    line.print(data)
                 if contact >= deadline:
                     return None
         except HookshotError as error:
@@ -5522,7 +5541,7 @@ def follow_deployment(client: Client, deploy_id: str, body: bytes | None, line: 
                 return _wait_for_outcome(client, body, deadline)
             if error.name != "unreachable" or time.monotonic() - contact > _RECONNECT_S:
                 raise
-        time.sleep(1.0)
+        time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
     return None
 
 
@@ -5533,10 +5552,12 @@ def _wait_for_outcome(client: Client, body: bytes, deadline: float) -> str | Non
             status = client.post_deploy(body, wait_s=max(1, min(_POLL_WAIT_S, int(left_s)))).document.get("status")
             contact = time.monotonic()
         except HookshotError as error:
-            if error.kind.exit not in (69, 75) or time.monotonic() - contact > _RECONNECT_S:
+            if error.name != "unreachable" and error.kind.exit != 75 or time.monotonic() - contact > _RECONNECT_S:
                 raise
+            # "Try again later" is an answer too: a server that drains gives it for as long as its deployments run.
+            contact = contact if error.name == "unreachable" else time.monotonic()
             status = None
-            time.sleep(error.retry_after_s or 1.0)
+            time.sleep(max(0.0, min(2.0, deadline - time.monotonic())))
         if status in TERMINAL:
             return str(status)
     return None
@@ -6029,7 +6050,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         code = COMMANDS[args.command].run(args)
-        sys.stdout.flush()
+        if sys.stdout:  # None where it is closed
+            sys.stdout.flush()
         return code
     except ConfigError as error:
         _print_problems(error.problems)
@@ -6041,14 +6063,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("interrupted; a deployment that was accepted goes on without you")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # `hookshot history | head`: the reader has enough. Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()  # `hookshot history | head`: the reader has enough
         return EXIT_OK
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            return _report_bug(error, args)
+        _silence_stdout()
+        _say(f"hookshot: the output cannot be written: {error.strerror}")
+        return ERRORS["cannot_write"].exit
     except Exception as error:
-        if args.log_level == "debug":
-            raise
-        _say(f"hookshot: a bug: {type(error).__name__}: {escape_controls(str(error))}; run it again with --log-level debug and report it")
-        return EXIT_BUG
+        return _report_bug(error, args)
+
+
+def _silence_stdout() -> None:
+    """Let Python's own flush at exit go nowhere: it would complain a second time."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report_bug(error: Exception, args: argparse.Namespace) -> int:
+    if args.log_level == "debug":
+        raise error
+    _say(f"hookshot: a bug: {type(error).__name__}: {escape_controls(str(error))}; run it again with --log-level debug and report it")
+    return EXIT_BUG
 
 
 # === A. ASSETS ========================================================================================================

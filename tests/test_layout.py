@@ -168,7 +168,9 @@ PURE = {
 CONFINED = {
     "argparse": "CLI",
     "ctypes": "WORLD",
+    "errno": "CLI",
     "fcntl": "WORLD",
+    "gc": "DAEMON",
     "grp": "WORLD",
     "hmac.compare_digest": "WIRE API",
     "http.client": "RUN CLIENT",

@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: MPL-2.0
+"""CLIENT and CLI: every command as a program of its own, its output, and the exit status that tells what happened."""
+
+import contextlib
+import http.client
+import json
+import os
+import pathlib
+import pty
+import re
+import select
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+
+import pytest
+
+import hookshot
+import support
+from support import KEY, PROGRAM, Host, running, service, wait_until
+
+TOKEN = "t0k3n-of-a-reader-0123456789abcdefgh"
+HOLD = '["sh", "-c", "echo begin; until [ -e go ]; do kill -0 $PPID || exit; sleep 0.02; done; echo end"]'
+SICK = "[service.healthcheck]\ninitial_delay = 0\ninterval = 0\nmax_attempts = 1\nsuccess_threshold = 1\ncommands = [[\"false\"]]\n"
+ROLLS = SICK.replace('["false"]', '["test", "-e", "well"]') + '[service.rollback]\ncommands = [["touch", "well"]]\n'
+MISSING = "/nonexistent/config.toml"
+
+
+def run(*args: str, env: dict[str, str] | None = None, stdin: bytes = b"", cwd: object = None,
+    **options) -> "subprocess.CompletedProcess[str]":
+    """Run the program without any variables of this machine's own hookshot."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HOOKSHOT_")} | (env or {})
+    done = subprocess.run([sys.executable, str(PROGRAM), *map(str, args)], input=stdin, capture_output=True, env=environment,
+        cwd=cwd,
+                          timeout=support.PATIENCE_S * 2, **options)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def is_one_sentence(text: str) -> bool:
+    return len(text.strip().splitlines()) == 1 and "Traceback" not in text
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    services = service('["echo", "hello"]') + service('["sh", "-c", "exit 3"]', name="bad") \
+        + service(name="sick", tables=ROLLS) + service('["false"]', name="worse",
+            tables='[service.rollback]\ncommands = [["false"]]\n') \
+        + service(name="env").replace("[service.security]\n", '[service.security]\nallowed_env_overrides = ["COLOUR"]\n')
+    with running(tmp_path_factory.mktemp("cli"), services, "[server]\nworker_threads = 8\n") as host:
+        yield host
+
+
+# --- without a server
+
+def test_keygen_prints_a_fresh_key_and_nothing_else():
+    one, two = run("keygen"), run("keygen")
+    assert re.fullmatch(r"[0-9a-f]{64}\n", one.stdout) and one.stdout != two.stdout
+    assert (one.returncode, one.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("args", [("version",), ("--version",)])
+def test_version_tells_version_python_sqlite_and_platform(args):
+    done = run(*args)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
+    for words in (hookshot.__version__, "Python 3.", "SQLite 3.", os.uname().sysname):
+        assert words in done.stdout
+    document = json.loads(run("version", "--json").stdout)
+    assert document["version"] == hookshot.__version__ and re.fullmatch("[0-9a-f]{64}", document["digest"])
+
+
+def test_init_writes_files_that_validate_and_a_private_key(tmp_path):
+    folder = tmp_path / "a folder"
+    done = run("init", folder)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [str(folder / name) for name in ("config.toml", "services.toml", "secrets")]
+    assert stat.S_IMODE((folder / "secrets").stat().st_mode) == 0o600
+    assert re.search(r"^hmac_key=[0-9a-f]{64}$", (folder / "secrets").read_text(), re.MULTILINE)
+    found = run("-c", folder / "config.toml", "validate")
+    assert (found.returncode, found.stderr) == (0, "") and "valid" in found.stdout
+
+
+@pytest.mark.parametrize("name", ["config.toml", "services.toml", "secrets"])
+def test_init_overwrites_nothing(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    done = run("init", tmp_path)
+    assert done.returncode == 73 and is_one_sentence(done.stderr) and name in done.stderr
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_init_follows_no_link(tmp_path):
+    (tmp_path / "secrets").symlink_to(tmp_path / "elsewhere")
+    assert run("init", tmp_path).returncode == 73 and not (tmp_path / "elsewhere").exists()
+
+
+def test_validate_prints_every_problem(tmp_path):
+    host = Host(tmp_path, service('["no-such-program-x"]', '["echo", "{{IMGAE}}"]'), "[limits]\nmax_total = 1\n")
+    done = run("-c", host.config, "validate")
+    assert done.returncode == 78 and done.stdout == ""
+    for words in ("max_total", "IMGAE", str(host.config), str(host.services)):
+        assert words in done.stderr
+    document = json.loads(run("-c", host.config, "validate", "--json").stdout)
+    assert document["valid"] is False and len(document["problems"]) == 2
+    assert not host.data.exists()
+
+
+@pytest.mark.parametrize("args", [("nonsense",), ("run", "--port", "70000"), ("deploy",), ("history", "-n", "0"), ("--nonsense",),
+    ("run", "--log-format", "xml")])
+def test_a_wrong_command_line_is_told_with_2(args):
+    done = run(*args)
+    assert done.returncode == 2 and done.stdout == "" and "usage:" in done.stderr
+
+
+@pytest.mark.parametrize("args", [("--help",), ("deploy", "--help")])
+def test_help_is_data(args):
+    done = run(*args)
+    assert (done.returncode, done.stderr) == (0, "") and "usage:" in done.stdout
+
+
+def test_every_command_is_in_the_help():
+    assert set(hookshot.COMMANDS) <= set(re.findall(r"^    (\w+) ", run("--help").stdout, re.MULTILINE))
+
+
+@pytest.mark.parametrize("args", [("run",), (), ("validate",), ("-q", "run")])
+def test_a_missing_configuration_is_told_with_78(args):
+    done = run(*args, env={"HOOKSHOT_CONFIG": MISSING})
+    assert done.returncode == 78 and MISSING in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_command_is_run(tmp_path):
+    host = Host(tmp_path, service())
+    with contextlib.closing(host):
+        host.start(program=("sh", "-c", 'exec "$0" "$1" "$2" "$3" "$4" "$5"', sys.executable, str(PROGRAM)))
+        assert host.get("/ready").status == 200
+        assert "run" not in pathlib.Path(f"/proc/{host.process.pid}/cmdline").read_text().split("\0")
+
+
+def test_global_options_stand_before_and_after_the_command(tmp_path):
+    host = Host(tmp_path, service())
+    config, services = str(host.config), str(host.services)
+    for args in (("-c", config, "-s", services, "validate"), ("validate", "-c", config, "-s", services), ("--config", config,
+        "validate", "--services", services)):
+        assert run(*args).returncode == 0
+    assert run("validate", env={"HOOKSHOT_CONFIG": config, "HOOKSHOT_SERVICES": services}).returncode == 0
+    assert run("validate", "-c", config, env={"HOOKSHOT_CONFIG": "/nonexistent", "HOOKSHOT_SERVICES": services}).returncode == 0
+
+
+def test_a_signature_can_be_made_for_curl(host, tmp_path):
+    body = b'{"service": "web", "image": "app:1"}\n'
+    (tmp_path / "body").write_bytes(body)
+    done = host.cli("sign", str(tmp_path / "body"))
+    name, value = done.stdout.strip().split(": ")
+    assert (done.returncode, done.stderr, host.cli("sign", stdin=body).stdout) == (0, "", done.stdout)
+    answer = host.request("POST", "/deploy", body, {name: value})
+    assert answer.status == 202 and host.wait(answer.json["deploy_id"])["status"] == "Succeeded"
+
+
+@pytest.mark.parametrize("how", ["env", "flag", "variable"])
+def test_a_key_comes_from_the_environment_or_a_file(tmp_path, how):
+    (tmp_path / "key").write_text(KEY + "\n")
+    env = {"env": {"HOOKSHOT_HMAC_KEY": KEY}, "flag": {}, "variable": {"HOOKSHOT_KEY_FILE": str(tmp_path / "key")}}[how]
+    done = run("sign", *(("--key-file", tmp_path / "key") if how == "flag" else ()), stdin=b"body", env=env)
+    assert done.stdout == f"X-Hub-Signature-256: {hookshot.sign(KEY.encode(), b'body')}\n"
+
+
+def test_signing_without_a_key_is_not_permitted():
+    done = run("sign", stdin=b"body")
+    assert done.returncode == 77 and done.stdout == "" and is_one_sentence(done.stderr)
+
+
+# --- a deploy and its outcome
+
+OUTCOMES = {"web": (0, "Succeeded"), "bad": (10, "Failed"), "sick": (11, "RolledBack"), "worse": (12, "RollbackFailed")}
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_the_exit_status_tells_the_outcome(host, name):
+    (host.folder / "well").unlink(missing_ok=True)
+    code, status = OUTCOMES[name]
+    done = host.cli("deploy", name, "app:2", "--previous-image", "app:1")
+    assert done.returncode == code and status in done.stderr.splitlines()[-1]
+    # stdout is the log, line for line; talk is on stderr.
+    deploy_id = re.search(r" as (\S+)$", done.stderr, re.MULTILINE)[1]
+    assert done.stdout == host.log(deploy_id)
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_json_is_all_there_is_on_stdout(host, name):
+    (host.folder / "well").unlink(missing_ok=True)
+    done = host.cli("deploy", name, "app:2", "--previous-image", "app:1", "--json")
+    document = json.loads(done.stdout)
+    assert (done.returncode, document["status"]) == OUTCOMES[name] and "step 1 of 1" in done.stderr
+
+
+def test_metadata_overrides_and_an_id_go_along(host):
+    done = host.cli("deploy", "env", "app:1", "--meta", "sha=abc=", "--meta", "pr=7", "--env", "COLOUR=red", "--id", "cli-1")
+    assert done.returncode == 0
+    assert host.record("cli-1")["metadata"] == {"sha": "abc=", "pr": "7"}
+    again = host.cli("deploy", "env", "app:1", "--meta", "sha=abc=", "--meta", "pr=7", "--env", "COLOUR=red", "--id", "cli-1")
+    assert again.returncode == 0 and "known already" in again.stderr
+    assert host.cli("deploy", "env", "app:2", "--id", "cli-1").returncode == 65
+
+
+def test_no_wait_prints_the_id_and_leaves(tmp_path):
+    with running(tmp_path, service(HOLD)) as host:
+        done = host.cli("deploy", "web", "app:1", "--no-wait")
+        deploy_id = done.stdout.strip()
+        assert done.returncode == 0 and host.record(deploy_id)["status"] != "Succeeded"
+        document = json.loads(host.cli("deploy", "web", "app:1", "--no-wait", "--json").stdout)
+        assert document["status"] == "Queued"
+        late = host.cli("deploy", "web", "app:1", "--timeout", "1")
+        assert late.returncode == 14 and "still" in late.stderr.splitlines()[-1]
+        (tmp_path / "go").touch()
+        assert host.wait(document["deploy_id"])["status"] == "Succeeded"
+
+
+def test_a_superseded_deploy_exits_with_13(tmp_path):
+    with running(tmp_path, service(HOLD, head='on_busy = "replace"')) as host:
+        host.wait(host.deploy(), "Deploying")
+        follower = threading.Thread(target=lambda: codes.append(host.cli("deploy", "web", "app:2", "--id", "old").returncode))
+        codes: list[int] = []
+        follower.start()
+        wait_until(lambda: host.get("/status/old").status == 200)
+        newest = host.deploy("app:3")
+        follower.join(support.PATIENCE_S)
+        (tmp_path / "go").touch()
+        assert codes == [13] and host.wait(newest)["status"] == "Succeeded"
+
+
+def test_a_dry_run_shows_the_plan_and_runs_nothing(host):
+    before = host.get("/deployments").json
+    done = host.cli("deploy", "web", "app:1", "--dry-run")
+    assert done.returncode == 0 and "echo hello" in done.stdout and "nothing has run" in done.stdout
+    assert json.loads(host.cli("deploy", "web", "app:1", "-n", "--json").stdout)["dry_run"] is True
+    assert host.get("/deployments").json == before
+
+
+@pytest.mark.parametrize("args, env, code", [
+    (("deploy", "web", "evil:1"), {}, 65), (("deploy", "nowhere", "app:1"), {}, 65), (("deploy", "web", "app:1", "--env", "PATH=x"),
+    {}, 65),
+    (("status", "none"), {}, 65), (("logs", "none"), {}, 65), (("logs", "-f", "none"), {}, 65), (("status", "../services"), {}, 65),
+    (("deploy", "web", "app:1", "--meta", "x"), {}, 2), (("deploy", "web", "app:1", "--url", "ftp://x"), {}, 2),
+    (("deploy", "web", "app:1"), {"HOOKSHOT_HMAC_KEY": "f" * 20 + KEY}, 77), (("sign", "/nonexistent"), {}, 2)])
+def test_a_refusal_is_one_sentence_and_an_exit_status(host, args, env, code):
+    done = host.cli(*args, env=env)
+    assert (done.returncode, done.stdout) == (code, "") and is_one_sentence(done.stderr)
+
+
+def test_an_unreachable_server_is_told_with_69():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        for args in (("deploy", "web", "app:1"), ("services",), ("status", "x"), ("logs", "x")):
+            done = run(*args, "--url", url, env={"HOOKSHOT_HMAC_KEY": KEY})
+            assert done.returncode == 69 and url in done.stderr and is_one_sentence(done.stderr)
+
+
+def test_something_else_than_a_hookshot_server_is_told_with_69():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def answer():
+            link, _ = server.accept()
+            with link:
+                link.recv(1 << 16)
+                link.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>")
+
+        threading.Thread(target=answer, daemon=True).start()
+        done = run("services", "--url", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert done.returncode == 69 and "Hookshot" in done.stderr and is_one_sentence(done.stderr)
+
+
+def test_busy_and_limited_are_told_with_75(tmp_path):
+    with running(tmp_path, service(HOLD, head='on_busy = "reject"')) as host:
+        host.deploy()
+        assert host.cli("deploy", "web", "app:2").returncode == 75
+    with running(tmp_path / "2", service(), "[security]\nrate_limit = 1\n") as host:
+        host.deploy()
+        assert host.cli("deploy", "web", "app:2").returncode == 75
+
+
+def test_a_client_that_may_not_read_learns_the_outcome_all_the_same(tmp_path):
+    text = service() + service('["false"]', name="bad")
+    with running(tmp_path, text, '[security]\nread_access = "token"\n', secrets=f"read_token={TOKEN}\n") as host:
+        env = {"HOOKSHOT_HMAC_KEY": KEY}
+        url = f"http://127.0.0.1:{host.port}"
+        assert run("deploy", "web", "app:1", "--url", url, env=env).returncode == 0
+        done = run("deploy", "bad", "app:1", "--url", url, env=env)
+        assert done.returncode == 10 and "exited with status 1" in done.stderr
+        refused = run("services", "--url", url)
+        assert refused.returncode == 77 and is_one_sentence(refused.stderr)
+        assert run("services", "--url", url, env={"HOOKSHOT_READ_TOKEN": TOKEN}).returncode == 0
+
+
+@pytest.mark.parametrize("config, env", [("", {}), ('[security]\nread_access = "token"\n',
+    {"HOOKSHOT_READ_TOKEN": "none-of-theirs-0123456789"})])
+def test_a_followed_deploy_survives_a_restart_of_the_server(tmp_path, config, env):
+    with running(tmp_path, service(HOLD, head='recovery = "retry"'), config, secrets=f"read_token={TOKEN}\n") as host:
+        port = str(host.port)
+        codes: list[int] = []
+        follower = threading.Thread(target=lambda: codes.append(host.cli("deploy", "web", "app:1", "--id", "long", env=env,
+            patience_s=60).returncode))
+        follower.start()
+        authorized = {"Authorization": f"Bearer {TOKEN}"}
+        wait_until(lambda: (answer := host.get("/status/long", **authorized)).status == 200 and answer.json["progress"]["phase"])
+        host.kill()
+        host.start("--port", port)
+        (tmp_path / "go").touch()
+        follower.join(60)
+        assert codes == [0]
+
+
+# --- reading
+
+def test_status_shows_a_deployment_and_its_commands(host):
+    deploy_id = host.deploy(service="bad")
+    record = host.wait(deploy_id)
+    done = host.cli("status", deploy_id)
+    assert done.returncode == 0 and done.stderr == ""
+    for words in (deploy_id, "Failed", "exited with status 3", "deploy  1"):
+        assert words in done.stdout
+    assert json.loads(host.cli("status", deploy_id, "--json").stdout) == record
+
+
+def test_history_lists_newest_first(host):
+    ids = [host.deploy(service=name) for name in ("web", "bad")]
+    for deploy_id in ids:
+        host.wait(deploy_id)
+    rows = [line.split()[0] for line in host.cli("history").stdout.splitlines()]
+    assert rows[:3] == ["DEPLOYMENT", ids[1], ids[0]]
+    assert host.cli("history", "web", "-n", "1").stdout.splitlines()[1].startswith(ids[0])
+    assert all("Failed" in line for line in host.cli("history", "--status", "Failed").stdout.splitlines()[1:])
+    assert json.loads(host.cli("history", "--json", "-n", "1").stdout)["deployments"][0]["deploy_id"] == ids[1]
+
+
+def test_logs_prints_the_log_and_follow_tells_the_outcome(host):
+    deploy_id = host.deploy(service="bad")
+    host.wait(deploy_id)
+    log = host.log(deploy_id)
+    assert host.cli("logs", deploy_id).stdout == log
+    assert host.cli("logs", deploy_id, "--tail", "1").stdout == log.splitlines(keepends=True)[-1]
+    followed = host.cli("logs", "-f", deploy_id)
+    assert (followed.returncode, followed.stdout) == (10, log)
+
+
+def test_services_lists_every_service(host):
+    done = host.cli("services")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["SERVICE", "bad", "env", "sick", "web", "worse"]
+    assert json.loads(host.cli("services", "--json").stdout) == host.get("/services").json
+
+
+def test_control_characters_of_a_command_do_not_reach_the_terminal(tmp_path):
+    with running(tmp_path, service(r'''["printf", "\\033]0;owned\\007\\033[2J%s\\n", "shown"]''')) as host:
+        done = host.cli("deploy", "web", "app:1")
+        assert "shown" in done.stdout and "\x1b" not in done.stdout + done.stderr and "\x07" not in done.stdout
+
+
+# --- being a good program
+
+def test_a_reader_that_has_enough_is_no_failure(host):
+    for _ in range(3):
+        host.wait(host.deploy())
+    environment = {**os.environ, "HOOKSHOT_URL": f"http://127.0.0.1:{host.port}"}
+    with subprocess.Popen([sys.executable, str(PROGRAM), "history"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(support.PATIENCE_S) == 0
+
+
+def test_output_that_cannot_be_written_is_told_with_73():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, str(PROGRAM), "keygen"], stdout=full, stderr=subprocess.PIPE,
+            timeout=support.PATIENCE_S)
+    assert done.returncode == 73 and is_one_sentence(done.stderr.decode())
+
+
+def on_terminal(*args: str, env: dict[str, str]) -> tuple[int, str]:
+    """Run with stderr on a terminal; return the exit status and what the terminal got."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", **env}
+    environment = {name: value for name, value in environment.items() if value}
+    process = subprocess.Popen([sys.executable, str(PROGRAM), *args], stdout=subprocess.DEVNULL, stderr=theirs, env=environment,
+        start_new_session=True)
+    os.close(theirs)
+    got = b""
+    with contextlib.suppress(OSError):  # EIO: the last one who had the terminal open is gone
+        while select.select([ours], [], [], support.PATIENCE_S)[0] and (block := os.read(ours, 1 << 16)):
+            got += block
+            if b"listens on" in block:
+                process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(1), got.decode()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+@pytest.mark.parametrize("env, coloured", [({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": "", "TERM": "dumb"},
+    False)])
+def test_colour_only_on_a_terminal_whose_user_wants_it(tmp_path, env, coloured):
+    host = Host(tmp_path, service())
+    code, got = on_terminal("-c", str(host.config), "run", "--log-format", "pretty", env=env)
+    assert code == 0 and "listens on" in got and ("\x1b[" in got) == coloured
+
+
+def test_a_terminal_gets_a_progress_line_that_is_gone_at_the_end(host):
+    code, got = on_terminal("deploy", "web", "app:1", "-c", str(host.config), env={"HOOKSHOT_URL": f"http://127.0.0.1:{host.port}"})
+    assert code == 0 and re.search(r"\r\x1b\[Kweb  ", got)
+    assert re.search(r"\r\x1b\[Kweb app:1: Succeeded[^\r]*\r\n$", got)
+
+
+def test_an_interrupted_follower_leaves_the_deployment_running(tmp_path):
+    with running(tmp_path, service(HOLD)) as host:
+        environment = {**os.environ, "HOOKSHOT_URL": f"http://127.0.0.1:{host.port}"}
+        process = subprocess.Popen([sys.executable, str(PROGRAM), "deploy", "web", "app:1", "--id", "left", "-c", str(host.config)],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        while b"begin" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=support.PATIENCE_S)[1].decode()
+        assert process.returncode == 130 and "goes on without you" in said and "Traceback" not in said
+        (tmp_path / "go").touch()
+        assert host.wait("left")["status"] == "Succeeded"
+
+
+# --- demo
+
+@pytest.fixture
+def public_folder():
+    """A folder with spaces in its name that every user may enter, with the program in it."""
+    with tempfile.TemporaryDirectory(prefix="hookshot test ") as name:
+        folder = pathlib.Path(name)
+        folder.chmod(0o755)
+        shutil.copy(PROGRAM, folder / "hookshot.py")
+        (folder / "hookshot.py").chmod(0o644)
+        (folder / "tmp dir").mkdir()
+        (folder / "tmp dir").chmod(0o1777)
+        yield folder
+
+
+def find_python(**identity) -> str:
+    """Return a Python that a user can run (one in root's home is of no use to others), or skip."""
+    for path in dict.fromkeys((sys.executable, os.path.realpath(sys.executable), "/usr/bin/python3", "/usr/local/bin/python3")):
+        with contextlib.suppress(OSError):
+            check = "import sys, sqlite3, socket; sys.exit(sys.version_info < (3, 11))"
+            if subprocess.run([path, "-c", check], capture_output=True, cwd="/", **identity).returncode == 0:
+                return path
+    pytest.skip("no Python here that an ordinary user can run")
+
+
+@pytest.mark.parametrize("user", ["this user", "an ordinary user"])
+def test_the_demo_shows_a_success_and_a_rollback_to_anyone(public_folder, user):
+    if user == "an ordinary user" and os.geteuid() != 0:
+        pytest.skip("this user is one")
+    identity = {"user": 65534, "group": 65534, "extra_groups": []} if user == "an ordinary user" else {}
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(public_folder / "tmp dir"), "HOOKSHOT_URL": "http://192.0.2.1",
+        "HOOKSHOT_HMAC_KEY": KEY}
+    done = subprocess.run([find_python(**identity), "hookshot.py", "demo", "--once"], cwd=public_folder, env=environment,
+        capture_output=True,
+                          timeout=support.PATIENCE_S * 2, **identity)
+    said = done.stdout.decode()
+    assert done.returncode == 0, said + done.stderr.decode()
+    assert "demo/web:1.0: Succeeded" in said and "demo/web:2.0-broken: RolledBack" in said and "http://127.0.0.1:" in said
+    assert list((public_folder / "tmp dir").iterdir()) == [] and not (public_folder / "data").exists()
+
+
+def test_the_demo_stays_until_it_is_interrupted(public_folder):
+    process = subprocess.Popen([sys.executable, "hookshot.py", "demo"], cwd=public_folder, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    url = ""
+    while b"Press Ctrl-C" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+        url = (re.search(rb"http://[0-9.:]+", line) or [url])[0]
+    with contextlib.closing(http.client.HTTPConnection(url.decode().removeprefix("http://"), timeout=support.PATIENCE_S)) as link:
+        link.request("GET", "/services")
+        assert json.loads(link.getresponse().read())["services"][0]["stats"]["total_deploys"] == 2
+    process.send_signal(signal.SIGINT)
+    assert process.wait(support.PATIENCE_S) == 0
+    process.communicate()
