@@ -2549,13 +2549,17 @@ NumberedResult = tuple[int, Result]
 
 
 class Submission(NamedTuple):
-    """What became of a deploy request: a new deployment or the one that was there, and those that it replaced."""
+    """What became of a deploy request: a new deployment or the one that was there, and those that it replaced.
+
+    `can_start`: its service has a free place. `claimed`: what the idle worker that there is shall carry out now.
+    """
 
     deployment: Deployment
     created: bool
     position: int | None
     superseded: tuple[Deployment, ...] = ()
     can_start: bool = False
+    claimed: Deployment | None = None
 
 
 class ServiceRecord(NamedTuple):
@@ -2615,6 +2619,8 @@ class Store:
         self.path = os.path.join(folder, "state.db")
         self.logs = os.path.join(folder, "logs")
         self._folder = folder
+        # A page that was read damaged once: what is written beside it might not be found again, so nothing is promised.
+        self._damage: HookshotError | None = None
         self._pending: collections.deque[_Ticket] = collections.deque()
         self._writer_lock = threading.Lock()
         self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
@@ -2670,7 +2676,7 @@ class Store:
             if not ticket.is_done:
                 self._carry_out([self._pending.popleft() for _ in range(len(self._pending))])
         if ticket.error:
-            raise _storage_error(ticket.error) if _is_of_storage(ticket.error) else ticket.error
+            raise self._translate(ticket.error) if _is_of_storage(ticket.error) else ticket.error
         return ticket.result
 
     def _carry_out(self, tickets: Sequence[_Ticket]) -> None:
@@ -2721,25 +2727,36 @@ class Store:
             finally:
                 self._readers.put(db)
         except sqlite3.Error as error:
-            raise _storage_error(error) from error
+            raise self._translate(error) from error
+
+    def _translate(self, error: BaseException) -> HookshotError:
+        translated = _storage_error(error)
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            self._damage = translated
+        return translated
 
     # --- accepting
 
-    def submit(self, request: DeployRequest, trigger: Trigger, at_ms: int, *, limits: Limits, on_busy: str) -> Submission:
+    def submit(self, request: DeployRequest, trigger: Trigger, at_ms: int, *, limits: Limits, on_busy: str,
+               may_claim: bool = False) -> Submission:
         """Put a deployment in the queue, durably, or return the one with the same id and body.
+
+        With `may_claim` the queue's next deployment is taken in the same transaction: one fsync instead of two.
 
         Raises `conflict` for the same id with another body, `busy` when the service's rules say so, `disk_full`.
         """
+        if self._damage:
+            raise self._damage
         try:
             free = free_bytes(self._folder)
         except OSError as error:
             raise HookshotError("storage", f"the data directory cannot be used: {error.strerror}") from None
         if free < DISK_RESERVE_BYTES:
             raise HookshotError("disk_full", f"less than {render_size(DISK_RESERVE_BYTES)} are free for {self._folder}; free some space")
-        return self._write(lambda db: self._submit(db, request, trigger, at_ms, limits, on_busy), durable=True)
+        return self._write(lambda db: self._submit(db, request, trigger, at_ms, limits, on_busy, may_claim), durable=True)
 
     def _submit(self, db: sqlite3.Connection, request: DeployRequest, trigger: Trigger, at_ms: int, limits: Limits,
-                on_busy: str) -> Submission:
+                on_busy: str, may_claim: bool) -> Submission:
         if existing := self._find_same(db, request):
             return Submission(existing, False, None)
         counts = dict(db.execute("SELECT state, count(*) FROM deployments WHERE completed_ms IS NULL AND service=? GROUP BY state",
@@ -2764,7 +2781,8 @@ class Store:
         self._add_move(db, deployment, at_ms, "accepted")
         # While the service is busy nobody need be woken: writes are serial, so whoever frees the place will find this row.
         can_start = sum(counts.values()) < limits.max_concurrent_per_service
-        return Submission(deployment, True, queued + 1, superseded, can_start)
+        claimed = self._claim(db, at_ms, limits) if can_start and may_claim else None
+        return Submission(deployment, True, queued + 1, superseded, can_start, claimed)
 
     @staticmethod
     def _find_same(db: sqlite3.Connection, request: DeployRequest) -> Deployment | None:
@@ -2796,14 +2814,17 @@ class Store:
         previous = choose_previous_image(queued.image, queued.previous_image, last_good)
         return self._move(db, queued, Outcome.CLAIMED, "its turn has come", at_ms, started_ms=at_ms, previous_image=previous)
 
-    def move(self, deployment: Deployment, outcome: Outcome, reason: str, at_ms: int, results: Sequence[NumberedResult] = (), *,
-             then_claim: Limits | None = None, **changes: Any) -> tuple[Deployment, Deployment | None]:
-        """Move a deployment on, as TRANSITIONS says, with changed fields and the results so far; durable if it ends.
+    def move(self, deployment: Deployment, outcome: Outcome, reason: str, at_ms: int, results: Sequence[NumberedResult] = (),
+             moved: tuple[State, Move] | None = None, *, then_claim: Limits | None = None,
+             **changes: Any) -> tuple[Deployment, Deployment | None]:
+        """Move a deployment on, as TRANSITIONS says, with changed fields; durable if it ends.
 
-        Returns the new record and, with `then_claim`, the next deployment, taken in the same transaction: one fsync
+        With it go the results since the last write, and the move to its state from an earlier one (`moved`). Returns the new record and, with `then_claim`, the next deployment, taken in the same transaction: one fsync
         instead of two.
         """
         def work(db: sqlite3.Connection) -> tuple[Deployment, Deployment | None]:
+            if moved:
+                self._catch_up(db, deployment, moved)
             self._add_results(db, deployment, results)
             return self._move(db, deployment, outcome, reason, at_ms, **changes), then_claim and self._claim(db, at_ms, then_claim)
 
@@ -2852,15 +2873,20 @@ class Store:
     def note_progress(self, deployment: Deployment, results: Sequence[NumberedResult] = (), moved: tuple[State, Move] | None = None) -> None:
         """Record which command runs now and as which process, so that a restart can find what is left of it.
 
-        With it go the results since the last write, and the move from an earlier state, if the command is the first.
+        With it go what goes with a move.
         """
         def work(db: sqlite3.Connection) -> None:
-            self._update(db, deployment._replace(state=moved[0]) if moved else deployment, deployment)
             if moved:
-                self._add_move(db, deployment, moved[1].at_ms, moved[1].reason)
+                self._catch_up(db, deployment, moved)
+            else:
+                self._update(db, deployment, deployment)
             self._add_results(db, deployment, results)
 
         self._write(work, durable=False)
+
+    def _catch_up(self, db: sqlite3.Connection, deployment: Deployment, moved: tuple[State, Move]) -> None:
+        self._update(db, deployment._replace(state=moved[0]), deployment)
+        self._add_move(db, deployment, moved[1].at_ms, moved[1].reason)
 
     @staticmethod
     def _add_results(db: sqlite3.Connection, deployment: Deployment, results: Sequence[NumberedResult]) -> None:
@@ -3168,6 +3194,9 @@ def check_key(value: bytes) -> str | None:
 # 2. Memory is bounded whatever a command prints: chunks go to the log at once, the tail of a flood is a short ring.
 # 3. The end of a command is its leader's exit, not the end of its pipes: a daemon may hold those for ever.
 
+# A command that ends sooner is recorded with its result only: that halves the writes of a quick deployment. A server
+# that dies meanwhile finds it again by the marks in its environment.
+LASTING_S = 0.02
 # After the leader's exit, how long to wait for output of those it left behind; what was written before is there already.
 DRAIN_S = 0.5
 CHUNK_BYTES = 1 << 16
@@ -3429,8 +3458,11 @@ def _why_not_started(error: Exception, launch: Launch) -> str:
 class _Watch:
     """Watches one running process until it and, where it must end, its group is over."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", outputs: Mapping[Any, _Output], stop: StopToken, deadline: float):
+    def __init__(self, process: "subprocess.Popen[bytes]", outputs: Mapping[Any, _Output], stop: StopToken, deadline: float,
+                 on_lasting: Callable[[int], None]):
         self._process, self._stop, self._deadline = process, stop, deadline
+        self._on_lasting: Callable[[int], None] | None = on_lasting
+        self._lasting_at = time.monotonic() + LASTING_S
         self._outputs = {pipe.fileno(): (pipe, output) for pipe, output in outputs.items()}
         self._poll = select.poll()
         for descriptor in (*self._outputs, stop.fileno()):
@@ -3472,6 +3504,9 @@ class _Watch:
         if self._pidfd < 0 and self._has_exited():
             self._note_exit()
         now = time.monotonic()
+        if self._on_lasting and self._exited_at is None and now >= self._lasting_at:
+            tell, self._on_lasting = self._on_lasting, None
+            tell(self._process.pid)
         if self.verdict is None and self._exited_at is None and now >= self._deadline:
             self._terminate("timed_out", at_once=False)
         if self._kill_at is not None and (now >= self._kill_at or self._stop.reason == "now"):
@@ -3507,7 +3542,8 @@ class _Watch:
             return 0.02
         if self._kill_at is not None:
             return min(0.1, max(0.001, self._kill_at - time.monotonic()))
-        return min(60.0, max(0.001, self._deadline - time.monotonic()))
+        until = min(self._deadline, self._lasting_at) if self._on_lasting else self._deadline
+        return min(60.0, max(0.001, until - time.monotonic()))
 
     def _is_over(self) -> bool:
         if self._exited_at is None:
@@ -3517,10 +3553,10 @@ class _Watch:
         return not self._outputs or time.monotonic() >= self._exited_at + DRAIN_S
 
 
-def run_command(launch: Launch, log: DeploymentLog, masker: Masker, stop: StopToken, on_start: Callable[[int], None]) -> Result:
+def run_command(launch: Launch, log: DeploymentLog, masker: Masker, stop: StopToken, on_lasting: Callable[[int], None]) -> Result:
     """Run one command to its end and return what became of it. Blocks; the calling thread owns the process.
 
-    `on_start(pid)` is called once it runs. A stop or the deadline ends the whole process group.
+    `on_lasting(pid)` is called when it still runs after LASTING_S. A stop or the deadline ends the whole process group.
     """
     started_ms, started = now_ms(), time.monotonic()
     result = Result(phase=launch.phase, step=launch.step, name=launch.name, command=masker.mask_text(shlex.join(launch.argv)),
@@ -3532,8 +3568,8 @@ def run_command(launch: Launch, log: DeploymentLog, masker: Masker, stop: StopTo
     assert process.stdout and process.stderr
     out, err = _Output(launch.phase, "out", log, masker), _Output(launch.phase, "err", log, masker)
     try:
-        with contextlib.closing(_Watch(process, {process.stdout: out, process.stderr: err}, stop, started + launch.timeout_s)) as watch:
-            on_start(process.pid)
+        outputs, deadline = {process.stdout: out, process.stderr: err}, started + launch.timeout_s
+        with contextlib.closing(_Watch(process, outputs, stop, deadline, on_lasting)) as watch:
             watch.run()
     except BaseException:
         signal_group(process.pid, signal.SIGKILL)
@@ -3759,7 +3795,7 @@ class _Job:
         commands = self._plan.commands
         self._log.note("engine", f"{self._deployment.service} {self._deployment.image} "
                                  f"(previous image: {self._deployment.previous_image or 'none'})")
-        # Written with the start of the first command: nothing has run before it, so nothing is lost by waiting.
+        # Written with whatever is written next; a crash until then is handled alike in both states.
         before, after = self._deployment.state, advance(self._deployment.state, Outcome.PASSED)
         self._unwritten_move = before, Move(after, now_ms(), "the plan is made")
         self._deployment = self._deployment._replace(state=after, steps_total=len(commands[Phase.PRE_DEPLOY]) + len(commands[Phase.DEPLOY]))
@@ -3836,13 +3872,11 @@ class _Job:
     # --- moving on
 
     def _move(self, outcome: Outcome, reason: str, *, claims_next: bool = False, **changes: Any) -> None:
-        if self._unwritten_move:
-            self._persist(self._write_progress)
-        before, results, at_ms = self._deployment, tuple(self._unwritten_results), now_ms()
+        before, results, moved, at_ms = self._deployment, tuple(self._unwritten_results), self._unwritten_move, now_ms()
         limits = self._engine.current().config.limits if claims_next and not self._engine.is_draining else None
         self._deployment, self._next = self._persist(
-            lambda: self._store.move(before, outcome, reason, at_ms, results, then_claim=limits, **changes))
-        self._announce_results()
+            lambda: self._store.move(before, outcome, reason, at_ms, results, moved, then_claim=limits, **changes))
+        self._announce_written(before)
         self._publish(Moved(self._deployment, before.state, reason))
         if self._next:
             self._publish(Moved(self._next, State.QUEUED, "its turn has come"))
@@ -3861,16 +3895,16 @@ class _Job:
 
     def _write_progress(self) -> None:
         """Write what runs now, with what has not been written yet; raises like every write."""
-        deployment, moved = self._deployment, self._unwritten_move
-        self._store.note_progress(deployment, tuple(self._unwritten_results), moved)
-        self._unwritten_move = None
-        self._announce_results()
-        if moved:
-            self._publish(Moved(deployment, moved[0], moved[1].reason))
+        self._store.note_progress(self._deployment, tuple(self._unwritten_results), self._unwritten_move)
+        self._announce_written(self._deployment)
 
-    def _announce_results(self) -> None:
+    def _announce_written(self, deployment: Deployment) -> None:
+        if self._unwritten_move:
+            before, move = self._unwritten_move
+            self._publish(Moved(deployment, before, move.reason))
         for _, result in self._unwritten_results:
-            self._publish(CommandEnded(self._deployment, result))
+            self._publish(CommandEnded(deployment, result))
+        self._unwritten_move = None
         self._unwritten_results.clear()
 
     def _duration_ms(self, at_ms: int) -> int:
@@ -3924,6 +3958,9 @@ class _Job:
 
     def _run_once(self, command: Command, attempt: int, status: str, error: str) -> Result:
         plan = self._need_plan()
+        if self._unwritten_results:
+            # A crash from here on must not take what an ended command left behind for a part of this one.
+            self._persist(self._write_progress)
         # Hooks tell of a failure, so the deadline that may have caused it does not bind them.
         is_hook_after = command.phase is Phase.ON_FAILURE
         left_s = None if is_hook_after else max(0.0, self._deadline - time.monotonic())
@@ -3937,12 +3974,12 @@ class _Job:
         if left_s is not None and left_s <= 0:
             result = Result(command.phase, command.step, command.name, "", attempt, "timed_out", None, None, now_ms(), 0)
         else:
-            result = run_command(launch, self._log, self._current.keyring.masker, self._stop, self._note_started)
+            result = run_command(launch, self._log, self._current.keyring.masker, self._stop, self._note_running)
         if result.status == "stopped":
             raise _Interrupted
         return self._record(result._replace(critical=command.critical))
 
-    def _note_started(self, pid: int) -> None:
+    def _note_running(self, pid: int) -> None:
         self._deployment = self._deployment._replace(pid=pid, pid_started=birth_now())
         with contextlib.suppress(HookshotError):
             # The disk may be full: then the command runs on unrecorded, and recovery finds it by its environment.
@@ -4008,6 +4045,9 @@ class Engine:
         # One hint is one look at the queue. Writes are serial, so a deployment that can start is seen either by the
         # worker that frees its place (its last move claims too) or by the submit that queued it, which then leaves a hint.
         self._hints = 0
+        # Workers that wait, and deployments claimed for them: on their way (promised to a submit), or here.
+        self._idle = self._promised = 0
+        self._handed: collections.deque[Deployment] = collections.deque()
         self._interrupted: collections.deque[Deployment] = collections.deque()
         self._workers: list[tuple[threading.Thread, StopToken]] = []
         self._untidy: set[str] = set()
@@ -4019,10 +4059,24 @@ class Engine:
         """Queue a checked request; when this returns it is on disk."""
         if self.is_draining:
             raise HookshotError("shutting_down", "the server is shutting down; try again when it is back")
-        submission = self.store.submit(request, trigger, now_ms(), limits=self.current().config.limits, on_busy=on_busy)
-        if submission.can_start:
+        with self._wakeup:
+            has_worker = self._idle > self._promised + len(self._handed) + self._hints
+            self._promised += has_worker
+        claimed = None
+        try:
+            submission = self.store.submit(request, trigger, now_ms(), limits=self.current().config.limits, on_busy=on_busy,
+                                           may_claim=has_worker)
+            claimed = submission.claimed
+            self.publish(Accepted(submission.deployment, submission.created))
+        finally:
+            with self._wakeup:
+                self._promised -= has_worker
+                if claimed:
+                    self._handed.append(claimed)
+                if claimed or self.is_draining:
+                    self._wakeup.notify()
+        if submission.can_start and not claimed:
             self.wake()
-        self.publish(Accepted(submission.deployment, submission.created))
         for deployment in submission.superseded:
             self.publish(Moved(deployment, State.QUEUED, "superseded by a newer deployment"))
         return submission
@@ -4103,11 +4157,12 @@ class Engine:
                 self.publish(Broken(threading.current_thread().name, error))
                 if stop.wait(_RETRY_STORAGE_S):
                     return
-            if deployment is None and self.is_draining:
+            if deployment is None and self.is_draining and not self._promised and not self._handed:
                 return
 
     def turn(self, stop: StopToken, deployment: Deployment | None = None) -> Deployment | None:
         """Carry out one deployment: the given one, an interrupted one, or the next in the queue; return its successor."""
+        deployment = deployment or self._take_handed()
         if deployment is None and not self.is_draining:
             with contextlib.suppress(IndexError):
                 return _Job(self, self._interrupted.popleft(), self.current(), stop).carry_out(is_interrupted=True)
@@ -4123,10 +4178,19 @@ class Engine:
             self.publish(Moved(deployment, State.QUEUED, "its turn has come"))
         return deployment
 
+    def _take_handed(self) -> Deployment | None:
+        with contextlib.suppress(IndexError):
+            deployment = self._handed.popleft()
+            self.publish(Moved(deployment, State.QUEUED, "its turn has come"))
+            return deployment
+        return None
+
     def _rest(self) -> None:
         with self._wakeup:
-            if not self._hints and not self.is_draining:
-                self._wakeup.wait(_IDLE_TURN_S)
+            if not self._hints and not self._handed and (self._promised or not self.is_draining):
+                self._idle += 1
+                self._wakeup.wait(_RETRY_STORAGE_S if self.is_draining else _IDLE_TURN_S)
+                self._idle -= 1
             self._hints = max(0, self._hints - 1)
 
     # --- keeping house
