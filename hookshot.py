@@ -4075,7 +4075,7 @@ class Engine:
                     self._handed.append(claimed)
                 if claimed or self.is_draining:
                     self._wakeup.notify()
-        if submission.can_start and not claimed:
+        if submission.can_start and (claimed is None or claimed.seq != submission.deployment.seq):
             self.wake()
         for deployment in submission.superseded:
             self.publish(Moved(deployment, State.QUEUED, "superseded by a newer deployment"))

@@ -35,27 +35,24 @@ def read_stamps(path: pathlib.Path, count: int) -> int:
     return int(wait_until(lambda: (lines := path.read_text().split())[count - 1 : count])[0])
 
 
-def floor(program: str, path: pathlib.Path) -> list[float]:
-    """Return the ms from just before fork to the first instruction of the program."""
-    found = []
-    for number in range(1, ROUNDS + 1):
-        started = time.monotonic_ns()
-        pid = os.fork()
-        if pid == 0:
-            os.execv(program, [program, str(path)])
-        os.waitpid(pid, 0)
-        found.append((read_stamps(path, number) - started) / 1e6)
-    return found
+# In a process of its own with nothing imported, as idle between two rounds as the server is.
+FORK = "pid = os.fork()\n    if not pid: os.execv(program, [program, path])"
+SPAWN = "pid = os.posix_spawn(program, [program, path], {})"
+LOOP = """
+import os, sys, time
+program, path = sys.argv[1:3]
+for _ in range(int(sys.argv[3])):
+    time.sleep(0.04)
+    print(time.monotonic_ns())
+    STEP
+    os.waitpid(pid, 0)
+"""
 
 
-def spawn_floor(program: str, path: pathlib.Path) -> list[float]:
-    """The same with posix_spawn."""
-    found = []
-    for number in range(1, ROUNDS + 1):
-        started = time.monotonic_ns()
-        os.waitpid(os.posix_spawn(program, [program, str(path)], {}), 0)
-        found.append((read_stamps(path, number) - started) / 1e6)
-    return found
+def floor(step: str, program: str, path: pathlib.Path) -> list[float]:
+    """Return the ms from just before a process is made to its program's first instruction."""
+    done = subprocess.run([sys.executable, "-S", "-c", LOOP.replace("STEP", step), program, str(path), str(ROUNDS)], capture_output=True, check=True)
+    return [(int(ended) - int(started)) / 1e6 for started, ended in zip(done.stdout.split(), path.read_text().split(), strict=True)]
 
 
 def measure(port: int, path: pathlib.Path) -> list[float]:
@@ -83,7 +80,7 @@ def main() -> None:
         for file in files:
             file.touch()
         host = make_host(service(f'["{program}", "{files[2]}"]'), "[limits]\nmax_queue_per_service = 1000\n")
-        floors = {"fork+exec": floor(program, files[0]), "posix_spawn": spawn_floor(program, files[1])}
+        floors = {"fork+exec": floor(FORK, program, files[0]), "posix_spawn": floor(SPAWN, program, files[1])}
         host.start()
         try:
             found = measure(host.port, files[2])
