@@ -2,12 +2,17 @@
 """Makes hookshot.py importable, and a missing part a failure where all parts are promised (CI=true)."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# A shell starts what it runs in the background with SIGINT ignored, and children inherit that: they could not be
+# interrupted even by a test that means to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MISSING = "Skipped: missing:"   # What pytest.skip("missing: NAME ...") leaves in the report.
 
