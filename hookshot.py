@@ -2542,6 +2542,8 @@ _SENTENCE_OF_SQLITE_ERROR = {
 # Left free so that running deployments can write their endings when new ones are refused already.
 DISK_RESERVE_BYTES = 8 << 20
 _BUSY_TIMEOUT_S = 5.0
+# A quarter of what makes SQLite itself checkpoint, in the commit that reaches it: 5 ms on top of 0.3 ms.
+_CHECKPOINT_BYTES = 1 << 20
 
 
 # A result and its number among the commands of its deployment.
@@ -2985,6 +2987,13 @@ class Store:
         if rows:
             self._write(lambda db: db.executemany("DELETE FROM deployments WHERE seq=?", rows), durable=False)
         return len(rows)
+
+    def checkpoint(self) -> None:
+        """Fold the write-ahead log into the database, before a commit that a deployment waits for has to do it."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(self.path + "-wal").st_size >= _CHECKPOINT_BYTES:
+                with self._reader() as db:
+                    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def known_services(self) -> tuple[str, ...]:
         """Return every service that ever ended a deployment."""
@@ -4206,6 +4215,7 @@ class Engine:
                     break
             else:
                 self._untidy.add(service)
+        self.store.checkpoint()
         if time.monotonic() - self._logs_pruned > 3600 or not self._logs_pruned:
             self._logs_pruned = time.monotonic()
             self.store.prune_logs(now_ms() - config.storage.retention.log_days * 86_400_000)

@@ -271,7 +271,8 @@ def test_now_after_shutdown_waits_no_longer(bench, monkeypatch):
             bench.stop.set("now")
             wait_until(lambda: not is_alive(bench.file("leader")), patience_s=10)
         finally:
-            os.killpg(bench.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(bench.pid, signal.SIGKILL)
     assert (outcome[0].status, outcome[0].signal) == ("stopped", 9)
 
 
