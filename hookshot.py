@@ -1630,6 +1630,7 @@ class Deployment(NamedTuple):
     error: str | None
     failure_stage: str | None
     rollback_reason: str | None
+    verdict: str | None  # the Outcome that its on_failure hooks are told of; after a crash it still holds
     recoveries: int
 
     @property
@@ -1649,7 +1650,8 @@ def new_deployment(request: DeployRequest, trigger: Trigger, deploy_id: str, at_
         previous_image=request.previous_image, metadata=request.metadata, env=request.env, trigger=trigger, digest=request.digest,
         idempotency_key=request.idempotency_key, queued_ms=at_ms, started_ms=None, completed_ms=None, duration_ms=None,
         deploy_ms=None, healthcheck_ms=None, rollback_ms=None, phase=None, step=0, steps_total=0, current_step=None, command_no=0,
-        pid=None, pid_started=None, error=None, failure_stage=None, rollback_reason=None, recoveries=0)
+        pid=None, pid_started=None, error=None, failure_stage=None, rollback_reason=None, verdict=None,
+        recoveries=0)
 
 
 class Move(NamedTuple):
@@ -1801,7 +1803,7 @@ class Result(NamedTuple):
     def explain(self) -> str:
         """Return why it failed, in words: never the command line, which callers must not see."""
         if self.status == "timed_out":
-            return f"{self.name} timed out after {render_duration(self.duration_ms)}"
+            return f"{self.name} timed out after {render_duration(self.duration_ms)}" + (f"; it {self.note}" if self.note else "")
         if self.signal is not None:
             return f"{self.name} was killed by {_signal_name(self.signal)}"
         if self.exit_code is not None and self.exit_code != 0:
@@ -2488,7 +2490,8 @@ MIGRATIONS: tuple[str, ...] = (
         queued_ms INTEGER NOT NULL, started_ms INTEGER, completed_ms INTEGER, duration_ms INTEGER, deploy_ms INTEGER,
         healthcheck_ms INTEGER, rollback_ms INTEGER, phase TEXT, step INTEGER NOT NULL DEFAULT 0,
         steps_total INTEGER NOT NULL DEFAULT 0, current_step TEXT, command_no INTEGER NOT NULL DEFAULT 0, pid INTEGER,
-        pid_started TEXT, error TEXT, failure_stage TEXT, rollback_reason TEXT, recoveries INTEGER NOT NULL DEFAULT 0);
+        pid_started TEXT, error TEXT, failure_stage TEXT, rollback_reason TEXT, verdict TEXT,
+        recoveries INTEGER NOT NULL DEFAULT 0);
     CREATE UNIQUE INDEX deployments_by_key ON deployments (idempotency_key) WHERE idempotency_key IS NOT NULL;
     CREATE INDEX deployments_open ON deployments (state, service) WHERE completed_ms IS NULL;
     CREATE INDEX deployments_ended ON deployments (service, state) WHERE completed_ms IS NOT NULL;
@@ -2511,11 +2514,11 @@ MIGRATIONS: tuple[str, ...] = (
 _COLUMNS = (
     "seq, deploy_id, service, state, image, previous_image, metadata, env, trigger, digest, idempotency_key, queued_ms, started_ms, "
     "completed_ms, duration_ms, deploy_ms, healthcheck_ms, rollback_ms, phase, step, steps_total, current_step, command_no, pid, "
-    "pid_started, error, failure_stage, rollback_reason, recoveries")
+    "pid_started, error, failure_stage, rollback_reason, verdict, recoveries")
 _UPDATE = (
     "UPDATE deployments SET state=?, previous_image=?, started_ms=?, completed_ms=?, duration_ms=?, deploy_ms=?, healthcheck_ms=?, "
     "rollback_ms=?, phase=?, step=?, steps_total=?, current_step=?, command_no=?, pid=?, pid_started=?, error=?, failure_stage=?, "
-    "rollback_reason=?, recoveries=? WHERE seq=? AND state=?")
+    "rollback_reason=?, verdict=?, recoveries=? WHERE seq=? AND state=?")
 _CLAIM = (
     f"SELECT {_COLUMNS}, (SELECT current_image FROM services WHERE name=q.service) FROM deployments AS q "
     "WHERE completed_ms IS NULL AND state='Queued' "
@@ -2637,6 +2640,9 @@ class Store:
                 raise HookshotError("storage", f"{self.path} is damaged ({clip(problem, 100)}); restore a backup")
         except sqlite3.Error as error:
             raise _storage_error(error) from error
+        status = os.stat(self.path)
+        # Tells this host's data directories apart: two servers may be given the same deploy_id.
+        self.identity = f"{status.st_dev:x}.{status.st_ino:x}"
 
     def _connect(self, synchronous: str) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
@@ -2814,7 +2820,8 @@ class Store:
             return None
         queued, last_good = _deployment_of(row[:-1]), row[-1]
         previous = choose_previous_image(queued.image, queued.previous_image, last_good)
-        return self._move(db, queued, Outcome.CLAIMED, "its turn has come", at_ms, started_ms=at_ms, previous_image=previous)
+        return self._move(db, queued, Outcome.CLAIMED, "its turn has come", at_ms, previous_image=previous,
+                          started_ms=queued.started_ms or at_ms)
 
     def move(self, deployment: Deployment, outcome: Outcome, reason: str, at_ms: int, results: Sequence[NumberedResult] = (),
              moved: tuple[State, Move] | None = None, *, then_claim: Limits | None = None,
@@ -2848,7 +2855,7 @@ class Store:
             after.state, after.previous_image, after.started_ms, after.completed_ms, after.duration_ms, after.deploy_ms,
             after.healthcheck_ms, after.rollback_ms, after.phase, after.step, after.steps_total, after.current_step,
             after.command_no, after.pid, after.pid_started, after.error, after.failure_stage, after.rollback_reason,
-            after.recoveries, after.seq, before.state))
+            after.verdict, after.recoveries, after.seq, before.state))
         if cursor.rowcount != 1:
             raise RuntimeError(f"deployment {before.deploy_id} is no longer {before.state}")
 
@@ -2932,18 +2939,20 @@ class Store:
         with self._reader() as db:
             return tuple(map(_deployment_of, db.execute(f"SELECT {_COLUMNS} FROM deployments {clause}", values).fetchall()))
 
-    def moves(self, deployment: Deployment) -> tuple[Move, ...]:
-        """Return the states a deployment went through."""
+    def record(self, deploy_id: str) -> tuple[Deployment, tuple[Move, ...], tuple[Result, ...]] | None:
+        """Return a deployment with the states it went through and how its commands ended, all of one instant."""
         with self._reader() as db:
-            rows = db.execute("SELECT state, at_ms, reason FROM moves WHERE seq=? ORDER BY n", (deployment.seq,)).fetchall()
-        return tuple(Move(State(state), at_ms, reason) for state, at_ms, reason in rows)
-
-    def results(self, deployment: Deployment) -> tuple[Result, ...]:
-        """Return how its commands and probes ended."""
-        with self._reader() as db:
-            rows = db.execute("SELECT phase, step, name, command, attempt, status, exit_code, signal, started_ms, duration_ms, stdout, "
-                              "stderr, note, critical FROM commands WHERE seq=? ORDER BY n", (deployment.seq,)).fetchall()
-        return tuple(Result(Phase(row[0]), *row[1:13], critical=bool(row[13])) for row in rows)
+            db.execute("BEGIN")
+            try:
+                row = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE deploy_id=?", (deploy_id,)).fetchone()
+                seq = row and row[0]
+                moves = db.execute("SELECT state, at_ms, reason FROM moves WHERE seq=? ORDER BY n", (seq,)).fetchall()
+                results = db.execute("SELECT phase, step, name, command, attempt, status, exit_code, signal, started_ms, duration_ms, "
+                                     "stdout, stderr, note, critical FROM commands WHERE seq=? ORDER BY n", (seq,)).fetchall()
+            finally:
+                db.execute("COMMIT")
+        return row and (_deployment_of(row), tuple(Move(State(move[0]), *move[1:]) for move in moves),
+                        tuple(Result(Phase(result[0]), *result[1:13], critical=bool(result[13])) for result in results))
 
     def service_record(self, name: str) -> ServiceRecord:
         """Return what is known of a service; zeros for one that never deployed."""
@@ -3554,11 +3563,16 @@ class _Watch:
         until = min(self._deadline, self._lasting_at) if self._on_lasting else self._deadline
         return min(60.0, max(0.001, until - time.monotonic()))
 
+    @property
+    def has_given_up(self) -> bool:
+        """Return whether the group survived SIGKILL: it is not ours to signal (sudo), or stuck in the kernel."""
+        return self._kill_at is not None and time.monotonic() >= self._kill_at + KILL_AFTER_S
+
     def _is_over(self) -> bool:
         if self._exited_at is None:
-            return False
+            return self.has_given_up
         if self.verdict is not None and is_group_alive(self._process.pid):
-            return False
+            return self.has_given_up
         return not self._outputs or time.monotonic() >= self._exited_at + DRAIN_S
 
 
@@ -3576,6 +3590,7 @@ def run_command(launch: Launch, log: DeploymentLog, masker: Masker, stop: StopTo
         return result._replace(note=_why_not_started(error, launch))
     assert process.stdout and process.stderr
     out, err = _Output(launch.phase, "out", log, masker), _Output(launch.phase, "err", log, masker)
+    code: int | None = None
     try:
         outputs, deadline = {process.stdout: out, process.stderr: err}, started + launch.timeout_s
         with contextlib.closing(_Watch(process, outputs, stop, deadline, on_lasting)) as watch:
@@ -3584,15 +3599,24 @@ def run_command(launch: Launch, log: DeploymentLog, masker: Masker, stop: StopTo
         signal_group(process.pid, signal.SIGKILL)
         raise
     finally:
-        code = process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(DRAIN_S)
+    if code is None:
+        result = result._replace(note="could not be killed, and still runs; does it run as another user?")
     status = watch.verdict or ("succeeded" if code == 0 else "failed")
-    return result._replace(status=status, exit_code=code if code >= 0 else None, signal=-code if code < 0 else None,
+    return result._replace(status=status, exit_code=code if code is not None and code >= 0 else None,
+                           signal=-code if code is not None and code < 0 else None,
                            duration_ms=int((time.monotonic() - started) * 1000), stdout=out.end(), stderr=err.end())
+
+
+def kind_of(check: HttpCheck | SocketCheck) -> str:
+    """Return the name of a check: http, tcp or unix."""
+    return "http" if isinstance(check, HttpCheck) else "unix" if check.port is None else "tcp"
 
 
 def run_check(check: HttpCheck | SocketCheck, step: int) -> Result:
     """Probe an HTTP, TCP or unix address once, without any program. Blocks for at most its timeout."""
-    kind = "http" if isinstance(check, HttpCheck) else "unix" if check.port is None else "tcp"
+    kind = kind_of(check)
     target = check.url if isinstance(check, HttpCheck) else check.host if check.port is None else f"{check.host}:{check.port}"
     started_ms, started = now_ms(), time.monotonic()
     try:
@@ -3771,7 +3795,9 @@ class _Job:
         except Exception as error:
             # A bug must not leave a deployment without a worker: it would hold its service's place for ever.
             self._publish(Broken(f"deployment {self._deployment.deploy_id}", error))
-            self._move(Outcome.FAILED_FOR_GOOD, "the server made a mistake; its log has more", error="internal error")
+            self._unwritten_results.clear()
+            self._move(Outcome.FAILED_FOR_GOOD, "the server made a mistake; its log has more", error="internal error",
+                       duration_ms=self._duration_ms(now_ms()))
         finally:
             self._log.close()
         return self._next
@@ -3784,7 +3810,9 @@ class _Job:
         recovery = self._service.recovery if self._service else "fail"
         verdict = judge_interruption(deployment, recovery, can_roll_back=bool(self._plan and self._plan.can_roll_back))
         self._deployment = deployment._replace(recoveries=deployment.recoveries + 1, pid=None, pid_started=None)
-        if verdict is None:
+        if deployment.verdict:
+            self._end(Outcome(deployment.verdict), deployment.error or "it failed", error=deployment.error)
+        elif verdict is None:
             self._persist(self._write_progress)
         elif verdict.outcome is Outcome.RETRIED:
             self._move(Outcome.RETRIED, verdict.reason, phase=None, step=0, current_step=None)
@@ -3882,7 +3910,7 @@ class _Job:
 
     def _move(self, outcome: Outcome, reason: str, *, claims_next: bool = False, **changes: Any) -> None:
         before, results, moved, at_ms = self._deployment, tuple(self._unwritten_results), self._unwritten_move, now_ms()
-        limits = self._engine.current().config.limits if claims_next and not self._engine.is_draining else None
+        limits = self._engine.current().config.limits if claims_next and self._engine.may_claim_next() else None
         self._deployment, self._next = self._persist(
             lambda: self._store.move(before, outcome, reason, at_ms, results, moved, then_claim=limits, **changes))
         self._announce_written(before)
@@ -3896,11 +3924,20 @@ class _Job:
         if state is not State.SUCCEEDED:
             error = reason if state is not State.ROLLED_BACK else self._deployment.error or reason
             changes.setdefault("error", error)
-            self._run_phase(Phase.ON_FAILURE, status=state, error=error)
+            self._run_failure_hooks(outcome, state, changes)
         self._log.note("engine", f"ending as {state}: {reason}")
         # Whoever follows the log ends when the deployment does: the last line has to be there by then.
         self._log.close()
         self._move(outcome, reason, claims_next=True, duration_ms=self._duration_ms(now_ms()), **changes)
+
+    def _run_failure_hooks(self, outcome: Outcome, state: State, changes: Mapping[str, Any]) -> None:
+        """Run the on_failure hooks; a crash meanwhile must find the verdict, not judge again or roll back twice."""
+        if self._deployment.verdict or not self._plan or not self._plan.commands[Phase.ON_FAILURE]:
+            return
+        self._deployment = self._deployment._replace(
+            verdict=outcome, error=changes["error"], failure_stage=changes.get("failure_stage", self._deployment.failure_stage))
+        self._persist(self._write_progress)
+        self._run_phase(Phase.ON_FAILURE, status=state, error=changes["error"])
 
     def _write_progress(self) -> None:
         """Write what runs now, with what has not been written yet; raises like every write."""
@@ -3955,11 +3992,11 @@ class _Job:
         for number in itertools.count(attempt):
             result = self._run_once(command, number, status, error)
             tries = number - attempt
-            if result.is_ok or tries >= command.retries or self._is_late():
+            if result.is_ok or tries >= command.retries or (self._is_late() and command.phase is not Phase.ON_FAILURE):
                 return result
             delay_s = retry_delay(command, tries + 1)
             self._log.note(command.phase, f"{result.explain()}; trying again in {delay_s} s ({tries + 1} of {command.retries})")
-            self._sleep(min(delay_s, self._deadline - time.monotonic()))
+            self._sleep(delay_s if command.phase is Phase.ON_FAILURE else min(delay_s, self._deadline - time.monotonic()))
         raise AssertionError("unreachable")
 
     def _is_late(self) -> bool:
@@ -3975,7 +4012,7 @@ class _Job:
         left_s = None if is_hook_after else max(0.0, self._deadline - time.monotonic())
         launch = launch_of(plan, command, attempt, status=status, error=error, timeout_s=left_s)
         number = self._deployment.command_no + 1
-        launch = launch._replace(env={**launch.env, "HOOKSHOT_COMMAND": str(number)})
+        launch = launch._replace(env={**launch.env, "HOOKSHOT_COMMAND": f"{self._store.identity}-{number}"})
         self._deployment = self._deployment._replace(
             phase=command.phase, step=command.step, steps_total=len(plan.commands[command.phase]), current_step=command.name,
             command_no=number)
@@ -3984,9 +4021,10 @@ class _Job:
             result = Result(command.phase, command.step, command.name, "", attempt, "timed_out", None, None, now_ms(), 0)
         else:
             result = run_command(launch, self._log, self._current.keyring.masker, self._stop, self._note_running)
+        result = self._record(result._replace(critical=command.critical))
         if result.status == "stopped":
             raise _Interrupted
-        return self._record(result._replace(critical=command.critical))
+        return result
 
     def _note_running(self, pid: int) -> None:
         self._deployment = self._deployment._replace(pid=pid, pid_started=birth_now())
@@ -4006,6 +4044,9 @@ class _Job:
         """Probe until the policy has a verdict; return why it is unhealthy, or None if it is healthy."""
         policy = self._need_plan().health
         progress, verdict, last = HealthProgress(), None, ""
+        plan = self._need_plan()
+        self._deployment = self._deployment._replace(phase=Phase.HEALTHCHECK, step=0, current_step=None,
+                                                     steps_total=len(plan.commands[Phase.HEALTHCHECK]) + len(plan.checks))
         self._log.note(Phase.HEALTHCHECK, f"up to {policy.max_attempts} probes, every {policy.interval_s} s; "
                                           f"{policy.success_threshold} good ones in a row are healthy")
         self._sleep(min(policy.initial_delay_s, max(0.0, deadline - time.monotonic())))
@@ -4028,8 +4069,7 @@ class _Job:
             if not result.is_ok and command.critical:
                 return result
         for step, check in enumerate(plan.checks, len(plan.commands[Phase.HEALTHCHECK]) + 1):
-            self._deployment = self._deployment._replace(phase=Phase.HEALTHCHECK, step=step, command_no=self._deployment.command_no + 1,
-                                                         steps_total=len(plan.commands[Phase.HEALTHCHECK]) + len(plan.checks))
+            self._deployment = self._deployment._replace(step=step, command_no=self._deployment.command_no + 1, current_step=kind_of(check))
             result = self._record(run_check(check, step))
             if not result.is_ok:
                 return result
@@ -4082,13 +4122,17 @@ class Engine:
                 self._promised -= has_worker
                 if claimed:
                     self._handed.append(claimed)
-                if claimed or self.is_draining:
+                if claimed or self._hints or self.is_draining:
                     self._wakeup.notify()
         if submission.can_start and (claimed is None or claimed.seq != submission.deployment.seq):
             self.wake()
         for deployment in submission.superseded:
             self.publish(Moved(deployment, State.QUEUED, "superseded by a newer deployment"))
         return submission
+
+    def may_claim_next(self) -> bool:
+        """Return whether a worker may claim with its last move: not before those that were claimed or begun already."""
+        return not (self.is_draining or self._handed or self._interrupted)
 
     def wake(self, *, everyone: bool = False) -> None:
         """Let an idle worker (or every one) look for work."""
@@ -4113,7 +4157,7 @@ class Engine:
         if not left:
             return
         self.publish(Noted("recovery", f"{len(left)} deployment{'s were' if len(left) > 1 else ' was'} interrupted and will be recovered"))
-        groups = find_leftovers(left)
+        groups = find_leftovers(left, self.store.identity)
         if groups:
             self.publish(Noted("recovery", f"ending what is left of them: process group{'s' * (len(groups) > 1)} {', '.join(map(str, groups))}"))
             end_groups(groups)
@@ -4195,12 +4239,14 @@ class Engine:
         return None
 
     def _rest(self) -> None:
+        """Wait until there is something to do: a handed deployment, or a hint that no promise has the first claim to."""
         with self._wakeup:
-            if not self._hints and not self._handed and (self._promised or not self.is_draining):
-                self._idle += 1
-                self._wakeup.wait(_RETRY_STORAGE_S if self.is_draining else _IDLE_TURN_S)
-                self._idle -= 1
-            self._hints = max(0, self._hints - 1)
+            self._idle += 1
+            self._wakeup.wait_for(lambda: self._handed or (self._hints and self._idle > self._promised)
+                                  or (self.is_draining and not self._promised), _IDLE_TURN_S)
+            self._idle -= 1
+            if not self._handed:
+                self._hints = max(0, self._hints - 1)
 
     # --- keeping house
 
@@ -4221,8 +4267,8 @@ class Engine:
             self.store.prune_logs(now_ms() - config.storage.retention.log_days * 86_400_000)
 
 
-def find_leftovers(deployments: Iterable[Deployment]) -> list[int]:
-    """Return the process groups that interrupted deployments left running.
+def find_leftovers(deployments: Iterable[Deployment], store_id: str) -> list[int]:
+    """Return the process groups that interrupted deployments of one data directory left running.
 
     A group is a deployment's if its leader is the recorded process (same pid, same start time), or if a member carries
     the deployment's id and the number of a command that was started when the server died: one that is recorded as
@@ -4238,8 +4284,8 @@ def find_leftovers(deployments: Iterable[Deployment]) -> list[int]:
             continue
         environment = read_environment(process.pid)
         deployment = by_id.get(environment.get(b"HOOKSHOT_DEPLOY_ID", b""))
-        number = environment.get(b"HOOKSHOT_COMMAND", b"")
-        if deployment and number.isdigit() and (process.pgid == deployment.pid or int(number) > deployment.command_no):
+        owner, _, number = environment.get(b"HOOKSHOT_COMMAND", b"").rpartition(b"-")
+        if deployment and owner == store_id.encode() and number.isdigit() and (process.pgid == deployment.pid or int(number) > deployment.command_no):
             groups.add(process.pgid)
     return sorted(groups - {os.getpgrp()})
 
@@ -4328,22 +4374,32 @@ def answer_error(error: HookshotError, request_id: str, *headers: tuple[str, str
 
 
 def client_address(request: Request, trusted: Sequence[Network]) -> Any:
-    """Return the client's address: the peer's, or what trusted proxies say (walked from the right); None if unreadable."""
-    address = parse_address(request.peer)
-    if not is_in(address, trusted):
-        return address
-    for text in reversed(_forwarded_for(request.headers)):
+    """Return the client's address: the peer's, or what trusted proxies say (walked from the right); None if unreadable.
+
+    A proxy that sets one forwarding header may pass the client's own other one through: if both are there, they must agree.
+    """
+    peer = parse_address(request.peer)
+    if not is_in(peer, trusted):
+        return peer
+    found = {_first_untrusted(hops, peer, trusted) for hops in _forwarded_hops(request.headers)}
+    return found.pop() if len(found) == 1 else None if found else peer
+
+
+def _first_untrusted(hops: Sequence[str], peer: Any, trusted: Sequence[Network]) -> Any:
+    address = peer
+    for text in reversed(hops):
         address = parse_address(text)
         if not is_in(address, trusted):
-            return address
+            break
     return address
 
 
-def _forwarded_for(headers: Mapping[str, str]) -> list[str]:
+def _forwarded_hops(headers: Mapping[str, str]) -> Iterator[list[str]]:
     if "forwarded" in headers:
         pairs = (pair.strip().partition("=") for element in headers["forwarded"].split(",") for pair in element.split(";"))
-        return [value for name, _, value in pairs if name.lower() == "for"]
-    return headers["x-forwarded-for"].split(",") if "x-forwarded-for" in headers else []
+        yield [value for name, _, value in pairs if name.lower() == "for"]
+    if "x-forwarded-for" in headers:
+        yield headers["x-forwarded-for"].split(",")
 
 
 def _is_local(request: Request) -> bool:
@@ -4555,8 +4611,8 @@ def _deployment_of_path(app: App, request: Request) -> Deployment:
 
 def handle_status(app: App, request: Request) -> Response:
     """GET /status/{id}"""
-    deployment = _deployment_of_path(app, request)
-    return answer(200, _render_record(deployment, app.store.moves(deployment), app.store.results(deployment)))
+    record = app.store.record(_deployment_of_path(app, request).deploy_id)
+    return answer(200, _render_record(*record)) if record else handle_status(app, request)
 
 
 def _render_record(deployment: Deployment, moves: Sequence[Move], results: Sequence[Result]) -> dict[str, Any]:
@@ -4565,7 +4621,7 @@ def _render_record(deployment: Deployment, moves: Sequence[Move], results: Seque
     return {
         "deploy_id": deployment.deploy_id, "service": deployment.service, "status": deployment.state, "image": deployment.image,
         "previous_image": deployment.previous_image,
-        "progress": {"phase": deployment.phase, "steps_completed": max(0, deployment.step - 1) if deployment.phase else 0,
+        "progress": {"phase": deployment.phase, "steps_completed": _steps_completed(deployment),
                      "steps_total": deployment.steps_total, "current_step": deployment.current_step},
         "timings": {"queued_at": render_time(deployment.queued_ms), "started_at": render_time(deployment.started_ms),
                     "completed_at": render_time(deployment.completed_ms), "duration_ms": deployment.duration_ms,
@@ -4577,6 +4633,11 @@ def _render_record(deployment: Deployment, moves: Sequence[Move], results: Seque
         "error": deployment.error, "failure_stage": deployment.failure_stage, "metadata": deployment.metadata,
         "triggered_by": deployment.trigger._asdict(), "recoveries": deployment.recoveries,
         "status_url": f"/status/{deployment.deploy_id}", "logs_url": f"/logs/{deployment.deploy_id}"}
+
+
+def _steps_completed(deployment: Deployment) -> int:
+    """Return how many steps of the phase (for an ended deployment: of its last one) are done."""
+    return deployment.steps_total if deployment.state is State.SUCCEEDED else max(0, deployment.step - 1)
 
 
 def _render_result(result: Result) -> dict[str, Any]:
@@ -5281,6 +5342,9 @@ class Daemon:
         self.waiters = Waiters()
         self._parts = contextlib.ExitStack()
         self._house_stop = threading.Event()
+        # Held while files and secrets are read: a slow reading must not put back what a later one has replaced.
+        self._reload_lock = threading.Lock()
+        self._is_stopping_now = False
         self.url = ""
 
     def _load(self) -> Current:
@@ -5353,12 +5417,14 @@ class Daemon:
         deadline = time.monotonic() + self._current.config.server.shutdown_timeout
         while not self.engine.join(0.05) and time.monotonic() < deadline:
             if self.signals.get(0.0) in (signal.SIGTERM, signal.SIGINT):
-                self.engine.stop("now")
-                self.engine.join(KILL_AFTER_S)
+                self._stop_now()
                 break
         if not self.engine.join(0):
             self.engine.stop("shutdown")
-            self.engine.join(KILL_AFTER_S + 2)
+            deadline = time.monotonic() + KILL_AFTER_S + 2
+            while not self.engine.join(0.05) and time.monotonic() < deadline and not self._is_stopping_now:
+                if self.signals.get(0.0) in (signal.SIGTERM, signal.SIGINT):
+                    self._stop_now()
         self._house_stop.set()
         self._housekeeper.join(_CLOSE_S)
         self.app.is_closing = True
@@ -5368,6 +5434,12 @@ class Daemon:
         self._server.server_close()
         self._parts.close()
         self.publish(Noted("stopped", "hookshot has stopped"))
+
+    def _stop_now(self) -> None:
+        """Kill what runs. A worker that sits in a probe is not waited for: what it finds is of no use any more."""
+        self._is_stopping_now = True
+        self.engine.stop("now")
+        self.engine.join(_CLOSE_S)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; SIGHUP reads files and secrets again. Main thread only."""
@@ -5380,6 +5452,10 @@ class Daemon:
 
     def reload(self) -> bool:
         """Read files and secrets again and swap them whole; keep the old ones if anything is wrong with the new."""
+        with self._reload_lock:
+            return self._reload()
+
+    def _reload(self) -> bool:
         try:
             loaded = self._load()
         except ConfigError as error:
@@ -5422,7 +5498,8 @@ class Daemon:
                 interval = self._current.config.secrets.reload_interval
                 if interval and time.monotonic() - secrets_at >= interval:
                     secrets_at = time.monotonic()
-                    self._reload_secrets()
+                    with self._reload_lock:
+                        self._reload_secrets()
             except (HookshotError, OSError) as error:
                 self.publish(Trouble(f"keeping house failed and will be tried again: {error}"))
             except Exception as error:

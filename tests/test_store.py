@@ -29,6 +29,14 @@ TRIGGER = hookshot.Trigger("192.0.2.7", "hmac_key", "curl/8", "req-1")
 MANY = LIMITS._replace(max_concurrent_total=1000, max_concurrent_per_service=100, max_queue_per_service=10000)
 
 
+def moves_of(store, deployment):
+    return store.record(deployment.deploy_id)[1]
+
+
+def results_of(store, deployment):
+    return store.record(deployment.deploy_id)[2]
+
+
 def request_of(service="web", image="app:1", *, key=None, **fields) -> hookshot.DeployRequest:
     body = json.dumps({"service": service, "image": image, **fields}).encode()
     return hookshot.parse_deploy(hookshot.VerifiedBody("hmac_key", body), key)
@@ -128,7 +136,7 @@ def test_a_submitted_deployment_is_what_was_asked(store):
     assert store.get("d-1") == made
     assert (made.state, made.image, made.previous_image, made.metadata, made.env, made.trigger, made.idempotency_key, made.queued_ms) == (
         State.QUEUED, "app:1", "app:0", {"a": "é"}, {"B": "1"}, TRIGGER, "k-1", 1000)
-    assert [(move.state, move.at_ms) for move in store.moves(made)] == [(State.QUEUED, 1000)]
+    assert [(move.state, move.at_ms) for move in moves_of(store, made)] == [(State.QUEUED, 1000)]
 
 
 def test_a_deployment_without_an_id_gets_one(store):
@@ -227,7 +235,7 @@ def test_replace_cancels_what_is_queued_and_nothing_else(store):
     for old in queued:
         now = store.get(old.deploy_id)
         assert (now.state, now.completed_ms) == (State.CANCELLED, 5000)
-        assert store.moves(now)[-1].reason.startswith("superseded")
+        assert moves_of(store, now)[-1].reason.startswith("superseded")
     assert store.get(running.deploy_id) == running and store.get(other.deploy_id) == other
     assert submission.position == 1
 
@@ -346,7 +354,7 @@ def test_a_stale_move_is_a_bug_and_changes_nothing(store):
     with pytest.raises(RuntimeError):
         store.move(claimed, Outcome.FAILED_FOR_GOOD, "", 3000, error="stale")
     assert store.get(claimed.deploy_id) == moved
-    assert [move.state for move in store.moves(moved)] == [State.QUEUED, State.VALIDATING, State.DEPLOYING]
+    assert [move.state for move in moves_of(store, moved)] == [State.QUEUED, State.VALIDATING, State.DEPLOYING]
     assert store.service_record("web") == hookshot.ServiceRecord("web")
 
 
@@ -382,7 +390,7 @@ def test_progress_and_results_are_kept(store):
     store.note_progress(running, [(1, first)])
     assert store.get(running.deploy_id) == running
     ended, _ = store.move(running, Outcome.FAILED_FOR_GOOD, "", 3000, [(2, second)])
-    assert store.results(running) == (first, second)
+    assert results_of(store, running) == (first, second)
     assert (ended.pid, ended.pid_started, ended.phase, ended.current_step) == (None, None, None, None)
 
 
@@ -442,7 +450,7 @@ def test_a_failing_write_undoes_itself_and_nothing_else(store, tmp_path):
     assert isinstance(outcomes[1], HookshotError) and outcomes[1].name == "conflict"
     assert isinstance(outcomes[2], RuntimeError)
     assert isinstance(outcomes[3], sqlite3.ProgrammingError)
-    assert store.get("d-1") == running and store.results(running) == () and store.service_record("web").failed == 0
+    assert store.get("d-1") == running and results_of(store, running) == () and store.service_record("web").failed == 0
     assert store.get("before") and store.get("after") and len(history(store)) == 4
 
 
@@ -787,7 +795,7 @@ def test_every_statement_is_one_that_later_pythons_take_too(tmp_path):
         submit(store), submit(store, on_busy="replace")
         store.note_progress(claim(store), [(1, result())])
         store.expire(10**9, lock_timeout_s=1), store.prune("web", hookshot.Retention(1, 1, 1)), store.unfinished()
-        history(store), store.moves(made), store.results(made), store.service_record("web"), store.known_services(), store.queue_counts()
+        history(store), moves_of(store, made), results_of(store, made), store.service_record("web"), store.known_services(), store.queue_counts()
 
 
 # --- when the disk or the file fails
@@ -950,10 +958,10 @@ def test_a_move_refused_by_a_full_disk_can_be_made_when_there_is_room(disk, monk
         with pytest.raises(HookshotError) as caught:
             store.move(running, Outcome.PASSED_UNCHECKED, "", 3000, large)
         refusal(caught, "full", code="DISK_FULL", http=507)
-        assert store.get("d-1") == running and store.results(running) == () and store.service_record("web").succeeded == 0
+        assert store.get("d-1") == running and results_of(store, running) == () and store.service_record("web").succeeded == 0
         filler.unlink()
         assert store.move(running, Outcome.PASSED_UNCHECKED, "", 3000, large)[0].state is State.SUCCEEDED
-        assert store.service_record("web").succeeded == 1 and len(store.results(running)) == 1
+        assert store.service_record("web").succeeded == 1 and len(results_of(store, running)) == 1
 
 
 def test_a_start_on_a_full_disk_says_so(disk):
