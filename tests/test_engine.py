@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MPL-2.0
 """ENGINE: deployments on a real server, from the request to every ending, through limits, crashes and shutdowns."""
 
+import concurrent.futures
 import contextlib
 import http.server
 import os
@@ -517,6 +518,76 @@ def test_a_daemon_that_an_earlier_command_left_is_let_be_by_the_recovery(tmp_pat
             assert not is_alive(held) and is_alive(daemon)
         finally:
             os.kill(daemon, signal.SIGKILL)
+
+
+# Notes that it runs, and stays until it is killed.
+STAY = '["sh", "-c", "echo hook >> $HOOKSHOT_SERVICE.trace; echo $$ > held; exec sleep 1000"]'
+
+
+@pytest.mark.parametrize("recovery", ["rollback", "retry", "fail"])
+def test_a_crash_in_a_failure_hook_does_not_change_the_verdict(tmp_path, recovery):
+    tables = rollback(SAY.replace("{word}", "back")) + hooks(pre_deploy=FAIL, on_failure=STAY)
+    with running(tmp_path, service(SAY.replace("{word}", "deploy"), head=f'recovery = "{recovery}"', tables=tables)) as host:
+        deploy_id = host.deploy("app:2", previous_image="app:1")
+        read_pid(host, "held")
+        host.kill()
+        record = host.start().wait(deploy_id)
+        assert record["status"] == "Failed" and "pre_deploy" in record["error"] and trace(host) == ["hook"]
+
+
+def test_a_crash_in_a_failure_hook_rolls_nothing_back_twice(tmp_path):
+    with running(tmp_path, service(FAIL, tables=rollback(SAY.replace("{word}", "back")) + hooks(on_failure=STAY))) as host:
+        deploy_id = host.deploy("app:2", previous_image="app:1")
+        read_pid(host, "held")
+        host.kill()
+        assert host.start().wait(deploy_id)["status"] == "RolledBack" and trace(host) == ["back app:2", "hook"]
+
+
+def test_recovery_lets_the_commands_of_another_data_directory_be(tmp_path):
+    """Two servers of one host may be given the same deploy_id."""
+    work = service('["true"]', HOLD)
+    with running(tmp_path / "a", work) as here, running(tmp_path / "b", service(HOLD)) as there:
+        mine = here.deploy(deploy_id="ci-1")
+        wait_until(lambda: trace(here))
+        there.deploy(deploy_id="ci-1")
+        wait_until(lambda: trace(there))
+        there.kill()
+        assert there.start().wait("ci-1")["status"] == "Failed"
+        release(here)
+        assert here.wait(mine)["status"] == "Succeeded"
+
+
+def test_a_stopped_command_is_in_the_record(tmp_path):
+    with running(tmp_path, service('["sh", "-c", "echo hello; echo $$ > held; exec sleep 1000"]', head='recovery = "fail"'),
+                 "[server]\nshutdown_timeout = 0\n") as host:
+        deploy_id = host.deploy()
+        read_pid(host, "held")
+        host.stop()
+        record = host.start().wait(deploy_id)
+        assert [(command["status"], command["stdout"]) for command in record["commands"]] == [("stopped", "hello\n")]
+
+
+def test_one_worker_never_has_two_deployments(tmp_path):
+    """Each command asks how many run: of services that could all run at once, with one worker there is one."""
+    names = ["a", "b", "c"]
+    count = '["sh", "-c", "mkdir running && sleep 0.01 && rmdir running"]'
+    with running(tmp_path, "".join(service(count, name=name) for name in names), "[server]\nworker_threads = 1\n") as host:
+        for _ in range(10):
+            with concurrent.futures.ThreadPoolExecutor(3) as clients:
+                ids = list(clients.map(lambda name: host.deploy(service=name), names))
+            records = sorted((host.wait(deploy_id) for deploy_id in ids), key=lambda record: record["timings"]["queued_at"])
+            assert [record["status"] for record in records] == ["Succeeded"] * 3
+            started, ended = ([record["timings"][name] for record in records] for name in ("started_at", "completed_at"))
+            assert all(end <= start for end, start in zip(sorted(ended), sorted(started)[1:]))
+
+
+def test_progress_is_that_of_the_phase_that_is_on(tmp_path):
+    with running(tmp_path, service('["true"]', '["true"]', tables=health('["true"]', rules="initial_delay = 1000\n")),
+                 "[limits]\ndeployment_timeout = 1\n") as host:
+        deploy_id = host.deploy()
+        progress = host.wait(deploy_id, "HealthChecking")["progress"]
+        assert (progress["phase"], progress["current_step"], progress["steps_total"]) == ("healthcheck", None, 1)
+        assert host.wait(deploy_id)["failure_stage"] == "healthcheck"
 
 
 # --- shutdown
