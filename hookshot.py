@@ -744,20 +744,15 @@ NEVER_INHERITED = re.compile(r"HOOKSHOT_.*|DEPLOY_RECEIVER_.*|NOTIFY_SOCKET|CRED
                              r"|JOURNAL_STREAM|MAINPID", re.ASCII)
 
 
-def _parse_inherited_name(value: Any, place: Place) -> str:
-    if not isinstance(value, str) or not ENV_NAME.fullmatch(value):
-        raise ValueError(f"{render_value(value)} is not the name of an environment variable")
-    if NEVER_INHERITED.fullmatch(value):
-        raise ValueError(f"{value} is never let through: with it a command could speak in the server's name, or hold a secret")
-    return value
+def _env_name(forbidden: re.Pattern[str], why: str) -> Check:
+    def parse(value: Any, place: Place) -> str:
+        if not isinstance(value, str) or not ENV_NAME.fullmatch(value):
+            raise ValueError(f"{render_value(value)} is not the name of an environment variable")
+        if forbidden.fullmatch(value):
+            raise ValueError(f"{value} {why}")
+        return value
 
-
-def _parse_override_name(value: Any, place: Place) -> str:
-    if not isinstance(value, str) or not ENV_NAME.fullmatch(value):
-        raise ValueError(f"{render_value(value)} is not the name of an environment variable")
-    if DENIED_ENV.fullmatch(value):
-        raise ValueError(f"{value} can never come from a request: it changes how commands are found or run")
-    return value
+    return Check("environment variable name", parse)
 
 
 def _parse_umask(value: Any, place: Place) -> int:
@@ -777,7 +772,9 @@ _TEXT = _text()
 _PATH = Check("absolute path", _parse_absolute)
 _NETWORKS = _list(_plain(parse_network, "address or CIDR network"), 0, 100)
 _SECRET_NAMES = _list(_text(SECRET_NAME, "secret name"), 1, 16)
-_ENV_NAMES = _list(Check("environment variable name", _parse_inherited_name), 0, 100)
+_ENV_NAMES = _list(_env_name(NEVER_INHERITED, "is never let through: with it a command could speak in the server's name, "
+                                              "or hold a secret"), 0, 100)
+_OVERRIDE_NAMES = _list(_env_name(DENIED_ENV, "can never come from a request: it changes how commands are found or run"), 0, 100)
 # HOOKSHOT_* is what the server sets; a name of the operator's there would be overwritten.
 _ENV_TEXTS = _mapping(re.compile(r"(?!HOOKSHOT_)" + ENV_NAME.pattern, re.ASCII), Check("text with placeholders", _parse_template_value))
 _URL_PATH = _text(re.compile(r"/[A-Za-z0-9._/-]{1,63}", re.ASCII), "path such as \"/health\"")
@@ -922,8 +919,7 @@ class ServiceSecurity(NamedTuple):
 
     allowed_image_pattern: re.Pattern[str] = key(REQUIRED, Check("regular expression", _parse_regex),
                                                  "which images may be deployed; matched against the whole value")
-    allowed_env_overrides: tuple[str, ...] = key([], _list(Check("environment variable name", _parse_override_name), 0, 100),
-                                                 "variables that a request may set")
+    allowed_env_overrides: tuple[str, ...] = key([], _OVERRIDE_NAMES, "variables that a request may set")
     hmac_keys: tuple[str, ...] = key([], _list(_text(SECRET_NAME, "secret name"), 0, 16),
                                      "secrets that may sign for this service only")
 
