@@ -316,3 +316,31 @@ def test_deployments_beyond_their_retention_go_with_their_logs(tmp_path):
         assert [host.get(f"/status/{deploy_id}").status for deploy_id in ids] == [404, 404, 404, 200, 200]
         assert len(list((host.data / "logs").iterdir())) == 2
         assert host.get("/services/web").json["stats"]["total_deploys"] == 5
+
+
+# Prints a key, and a value that is new each time. While "slow" exists, the first to ask waits for "go".
+SLOW_SECRETS = """
+cd "FOLDER"
+if [ -e slow ] && mkdir asked 2>/dev/null; then until [ -e go ]; do sleep 0.02; done; fi
+echo "hmac_key=KEY"
+echo "nonce=nonce-$$-$(date +%N)"
+"""
+
+
+def test_a_slow_reading_of_secrets_does_not_undo_a_reload(tmp_path):
+    """The command that brings the secrets takes its time; meanwhile SIGHUP brings a new service, which stays."""
+    host = Host(tmp_path, service(), '[secrets]\nsource = "command"\nreload_interval = 1\ncommand = ["sh", "%s/secrets.sh"]\n' % tmp_path)
+    (tmp_path / "secrets.sh").write_text(SLOW_SECRETS.replace("FOLDER", str(tmp_path)).replace("KEY", KEY))
+    with contextlib.closing(host):
+        host.start()
+        (tmp_path / "slow").touch()
+        wait_until(lambda: (tmp_path / "asked").exists())
+        host.services.write_text((service() + service(name="api")).replace("@", str(tmp_path)))
+        host.process.send_signal(signal.SIGHUP)
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: host.get("/services/api").status == 200, patience_s=1)
+        before = len(events(host, "secrets_reloaded"))
+        (tmp_path / "go").touch()
+        wait_until(lambda: len(events(host, "secrets_reloaded")) > before and events(host, "reloaded"))
+        wait_until(lambda: len(events(host, "secrets_reloaded")) > before + 1)
+        assert host.get("/services/api").status == 200

@@ -630,3 +630,17 @@ def test_a_second_signal_stops_at_once_without_asking_the_command_first(tmp_path
         wait_until(lambda: host.get("/ready").status == 503)
         assert host.stop() == 0
         assert not is_alive(held) and trace(host) == []
+
+
+def test_a_second_signal_does_not_wait_for_a_probe(tmp_path):
+    """The probe of an address that never answers has five minutes; the server is gone long before."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        port = silent.getsockname()[1]
+        tables = f'[service.healthcheck]\ninitial_delay = 0\ntimeout = 300\nhttp = "http://127.0.0.1:{port}/"\n'
+        with running(tmp_path, service(tables=tables)) as host:
+            host.deploy()
+            silent.settimeout(support.PATIENCE_S)
+            with silent.accept()[0]:
+                host.process.send_signal(signal.SIGTERM)
+                wait_until(lambda: host.get("/ready").status == 503)
+                assert host.stop() == 0
