@@ -2325,7 +2325,8 @@ class Masker:
         forms: set[bytes] = set()
         for value in values:
             if len(value) >= _MIN_MASKED_BYTES:
-                forms |= {value, base64.b64encode(value).rstrip(b"="), urllib.parse.quote(value, safe="").encode(), urllib.parse.quote_plus(value).encode(),
+                forms |= {value, base64.b64encode(value).rstrip(b"="), urllib.parse.quote(value, safe="").encode(),
+                          urllib.parse.quote_plus(value).encode(),
                           json.dumps(value.decode("utf-8", "replace"))[1:-1].encode()}
         # Longest first: a secret that contains another one is masked whole.
         self._forms = sorted(forms, key=len, reverse=True)
@@ -2824,8 +2825,8 @@ class Store:
              **changes: Any) -> tuple[Deployment, Deployment | None]:
         """Move a deployment on, as TRANSITIONS says, with changed fields; durable if it ends.
 
-        With it go the results since the last write, and the move to its state from an earlier one (`moved`). Returns the new record and, with `then_claim`, the next deployment, taken in the same transaction: one fsync
-        instead of two.
+        With it go the results since the last write, and the move to its state from an earlier one (`moved`). Returns the
+        new record and, with `then_claim`, the next deployment, taken in the same transaction: one fsync instead of two.
         """
         def work(db: sqlite3.Connection) -> tuple[Deployment, Deployment | None]:
             if moved:
@@ -2903,7 +2904,8 @@ class Store:
         """Cancel what has waited in the queue for longer than lock_timeout; return it."""
         oldest_ms = at_ms - lock_timeout_s * 1000
         with self._reader() as db:
-            if not db.execute("SELECT 1 FROM deployments WHERE completed_ms IS NULL AND state='Queued' AND queued_ms < ? LIMIT 1", (oldest_ms,)).fetchone():
+            if not db.execute("SELECT 1 FROM deployments WHERE completed_ms IS NULL AND state='Queued' AND queued_ms < ? LIMIT 1",
+                              (oldest_ms,)).fetchone():
                 return ()
 
         def work(db: sqlite3.Connection) -> tuple[Deployment, ...]:
@@ -3930,8 +3932,7 @@ class _Job:
         """Run the on_failure hooks; a crash meanwhile must find the verdict, not judge again or roll back twice."""
         if self._deployment.verdict or not self._plan or not self._plan.commands[Phase.ON_FAILURE]:
             return
-        self._deployment = self._deployment._replace(
-            verdict=outcome, error=changes["error"], failure_stage=changes.get("failure_stage", self._deployment.failure_stage))
+        self._deployment = self._deployment._replace(**{**changes, "verdict": outcome})
         self._persist(self._write_progress)
         self._run_phase(Phase.ON_FAILURE, status=state, error=changes["error"])
 
