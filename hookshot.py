@@ -47,6 +47,7 @@ import functools
 import gc
 import hashlib
 import hmac
+import http
 import http.client
 import http.server
 import ipaddress
@@ -56,8 +57,10 @@ import os
 import pwd
 import queue
 import re
+import resource
 import secrets
 import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -69,9 +72,14 @@ import threading
 import time
 import tomllib
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
+
+try:
+    import ssl
+except ImportError:  # a Python built without OpenSSL: only TLS is off
+    ssl = None  # type: ignore[assignment]
 
 __version__ = "2.0.0"
 
@@ -135,14 +143,16 @@ KIND_OF_CODE = {kind.code: name for name, kind in ERRORS.items()}
 
 
 class HookshotError(Exception):
-    """A row of ERRORS and its sentence; `details` is a further text for the caller, or None."""
+    """A row of ERRORS and its sentence; `details` is a further text for the caller, `headers` go with the answer."""
 
-    def __init__(self, name: str, sentence: str, *, details: str | None = None, retry_after_s: int | None = None):
+    def __init__(self, name: str, sentence: str, *, details: str | None = None, retry_after_s: int | None = None,
+                 headers: tuple[tuple[str, str], ...] = ()):
         super().__init__(sentence)
         self.name = name
         self.kind = ERRORS[name]
         self.sentence = sentence
         self.details = details
+        self.headers = headers
         self.retry_after_s = self.kind.retry_after_s if retry_after_s is None else retry_after_s
 
 
@@ -284,6 +294,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+# Stands for the address of a peer at a unix socket, which has none: in lists of networks, in records, in the log.
+UNIX_PEER = "unix"
+# What a request comes from: an address, UNIX_PEER, or None for one that cannot be read.
+Peer = ipaddress.IPv4Address | ipaddress.IPv6Address | str | None
 
 
 def parse_network(value: object) -> Network:
@@ -307,7 +321,7 @@ def _unmap(network: Network) -> Network:
     return ipaddress.ip_network(f"{mapped}/{network.prefixlen - 96}") if mapped else network
 
 
-def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def parse_address(text: str) -> Peer:
     """Return the address in a peer or forwarding text: brackets, port and zone stripped, v4-mapped unmapped."""
     text = text.strip().strip('"')
     if text.startswith("["):
@@ -321,30 +335,56 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def is_in(address: object, networks: Sequence[Network]) -> bool:
-    """Return whether `address` (None for an unreadable one) lies in one of `networks`."""
-    return address is not None and any(address in network for network in networks)
+def parse_peers(value: object) -> Network | str:
+    """Return a network, or UNIX_PEER for "unix"."""
+    return UNIX_PEER if value == UNIX_PEER else parse_network(value)
+
+
+def is_in(address: Peer, networks: Sequence[Network | str]) -> bool:
+    """Return whether `address` lies in one of `networks`; an unreadable one lies in none."""
+    if address is None or isinstance(address, str):
+        return address in networks
+    return any(address in network for network in networks if not isinstance(network, str))
+
+
+def bucket_of(address: Peer) -> int | str | None:
+    """Return what is counted together: an IPv4 address, or the /64 that one IPv6 customer has to himself."""
+    if address is None or isinstance(address, str):
+        return address
+    return int(address) if address.version == 4 else -1 - (int(address) >> 64)
 
 
 class ListenAddress(NamedTuple):
-    """Where the server listens: an IP address or host name, and a port (0 = any free one)."""
+    """Where the server listens: a host ("" = every address of this host) and a port (0 = any free one), or a socket's path."""
 
     host: str
     port: int
+    path: str = ""
 
-    @property
-    def url(self) -> str:
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.path else f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def url(self, *, is_tls: bool) -> str:
         """Return the URL under which a client on this host reaches the server."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return str(self) if self.path else f"http{'s' * is_tls}://{self._replace(host=host)}"
+
+
+# sun_path of Linux has 108 bytes, the last of them NUL (unix(7)).
+_MAX_SOCKET_PATH_BYTES = 107
 
 
 def parse_listen(value: object) -> ListenAddress:
-    """Return the parts of "127.0.0.1:8080", "[::1]:8080" or ":8080" (all IPv4 addresses)."""
+    """Return the parts of "127.0.0.1:8080", "[::1]:8080", ":8080" (every address of this host) or "unix:/path"."""
+    if isinstance(value, str) and re.fullmatch(r"unix:/[^\0]+", value):
+        path = value.removeprefix("unix:")
+        if len(path.encode()) > _MAX_SOCKET_PATH_BYTES:
+            raise ValueError(f"{render_value(value)} is longer than the {_MAX_SOCKET_PATH_BYTES} bytes that a socket's path may have")
+        return ListenAddress("", 0, path)
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s]*)):([0-9]{1,5})", value) if isinstance(value, str) else None
     if not match or int(match[3]) > 65535:
-        raise ValueError(f"{render_value(value)} is not host:port; write \"127.0.0.1:8080\", \":8080\" or \"[::1]:8080\"")
-    return ListenAddress(match[1] or match[2] or "0.0.0.0", int(match[3]))
+        raise ValueError(f"{render_value(value)} is not host:port; write \"127.0.0.1:8080\", \":8080\", \"[::1]:8080\" or \"unix:/path\"")
+    return ListenAddress(match[1] or match[2] or "", int(match[3]))
 
 
 class ImageName(NamedTuple):
@@ -770,7 +810,8 @@ def _parse_absolute(value: Any, place: Place) -> str:
 _BOOLEAN = Check("true or false", _boolean)
 _TEXT = _text()
 _PATH = Check("absolute path", _parse_absolute)
-_NETWORKS = _list(_plain(parse_network, "address or CIDR network"), 0, 100)
+_PATH_OR_NONE = Check("absolute path, or empty", lambda value, place: "" if value == "" else _parse_absolute(value, place))
+_PEERS = _list(_plain(parse_peers, 'address, CIDR network or "unix"'), 0, 100)
 _SECRET_NAMES = _list(_text(SECRET_NAME, "secret name"), 1, 16)
 _ENV_NAMES = _list(_env_name(NEVER_INHERITED, "is never let through: with it a command could speak in the server's name, "
                                               "or hold a secret"), 0, 100)
@@ -789,27 +830,59 @@ class Retention(NamedTuple):
     log_days: int = key(90, _integer(1, 10000), "days that a deployment's log is kept")
 
 
+def _parse_listen_list(value: Any, place: Place) -> tuple[ListenAddress, ...]:
+    if not isinstance(value, list):
+        return (parse_listen(value),)
+    entries = _list(_LISTEN, 1, 16).parse(value, place)
+    for index, entry in enumerate(entries):
+        if entry is not None and (entry.port or entry.path) and entry in entries[:index]:
+            place.at(index).problem(f"{entry} is here twice")
+    return entries
+
+
+def _parse_mode(value: Any, place: Place) -> int:
+    if isinstance(value, str) and re.fullmatch(r"0?[0-7]{3}", value) and int(value, 8) & 0o600 == 0o600:
+        return int(value, 8)
+    raise ValueError(f"{render_value(value)} is not a mode with which its owner can use it; write it as text, \"0660\"")
+
+
+_LISTEN = Check('host:port or unix:/path', lambda value, place: parse_listen(value))
+
+
+class Tls(NamedTuple):
+    """[server.tls]"""
+
+    cert: str = key("", _PATH_OR_NONE, "certificate chain in PEM; every TCP address then speaks TLS, read again on SIGHUP")
+    client_ca: str = key("", _PATH_OR_NONE, "authorities of client certificates in PEM; a client without one is not let in")
+    key: str = key("", _PATH_OR_NONE, "private key of cert in PEM, without a passphrase")
+
+
 class Server(NamedTuple):
     """[server]"""
 
-    listen: ListenAddress = key("127.0.0.1:8080", _plain(parse_listen, "host:port"), "address to listen on")
+    listen: tuple[ListenAddress, ...] = key("127.0.0.1:8080", Check("host:port, unix:/path, or a list of these", _parse_listen_list),
+                                            "where to listen; \":8080\" is every address of this host")
+    socket_mode: int = key("0660", Check('octal text such as "0660"', _parse_mode), "mode of unix sockets")
     worker_threads: int = key(4, _integer(1, 64), "deployments carried out at once")
     max_request_size: int = key("1MB", _size(1 << 10, 100 << 20), "largest request body")
     request_timeout: int = key(30, _duration(1, _HOUR), "to read a request and to send its answer")
     shutdown_timeout: int = key(300, _duration(0, 24 * _HOUR), "how long running deployments may go on at shutdown")
     deploy_response: str = key("accepted", _choice("accepted", "completed"), "answer a deploy at once, or when it ended")
-    max_connections: int = key(256, _integer(1, 10000), "connections open at once")
+    max_connections: int = key(256, _integer(1, 10000), "connections open at once; one address gets a quarter of them, but 8 in any case")
+    tls: Tls = Tls  # type: ignore[assignment]
 
 
 class Security(NamedTuple):
     """[security]"""
 
-    allowed_ips: tuple[Network, ...] = key([], _NETWORKS, "client addresses let in; empty lets all in")
+    allowed_ips: tuple[Network | str, ...] = key([], _PEERS, "client addresses let in (\"unix\": those at a unix socket); empty lets all in")
     rate_limit: int = key(100, _integer(0, 10000), "requests a minute from one address (IPv6: one /64); 0 = no limit")
-    trusted_proxies: tuple[Network, ...] = key([], _NETWORKS, "peers whose forwarding headers are believed")
+    trusted_proxies: tuple[Network | str, ...] = key([], _PEERS, "peers whose forwarding headers are believed (\"unix\": those at a unix socket)")
     read_access: str = key("local", _choice("local", "token", "open"),
                            "who may read: loopback or the secret read_token; only the token; everyone")
     hmac_keys: tuple[str, ...] = key(["hmac_key"], _SECRET_NAMES, "secrets that may sign for every service")
+    replay_window: int = key(300, _duration(1, 24 * _HOUR), "how far a signed timestamp may be from this host's clock")
+    require_timestamp: bool = key(False, _BOOLEAN, "refuse signatures without a timestamp (X-Hub-Signature-256)")
 
 
 class Storage(NamedTuple):
@@ -1170,6 +1243,10 @@ def _parse_toml(text: str, file: str, problems: list[Problem]) -> dict[str, Any]
 def load_config(text: str, file: str, problems: list[Problem]) -> Config:
     """Return the parsed config.toml; what is wrong with it is added to `problems`."""
     config = _load_table(Config, _parse_toml(text, file, problems), Place(file, "", problems))
+    tls, place = config.server.tls, Place(file, "server.tls", problems)
+    for name in ("cert", "key"):
+        if any(tls) and not getattr(tls, name) and not any(problem.path == f"server.tls.{name}" for problem in problems):
+            (place / name).problem("is required with the other keys of [server.tls]")
     place = Place(file, "secrets", problems)
     if config.secrets.source and "command" in config.secrets.source and not config.secrets.command:
         (place / "command").problem("is required by source = \"command\"")
@@ -1242,6 +1319,13 @@ def render_sample(table: type, heading: str, values: Mapping[str, Any], prefix: 
 # 3. JSON is strict: what two parsers could read differently is refused, and the answer names the field.
 
 SIGNATURE_HEADER = "x-hub-signature-256"
+# Standard Webhooks (standardwebhooks.com, specification 1.0): the id and the time are signed together with the body.
+WEBHOOK_HEADERS = ("webhook-signature", "webhook-id", "webhook-timestamp")
+# No full stop: it parts id, time and body in what is signed, so with one in the id two messages could sign alike.
+_WEBHOOK_ID = re.compile(r"[!-\-/-~]{1,255}", re.ASCII)
+_WEBHOOK_KEY_PREFIX = b"whsec_"
+# A header may list several signatures, one for each key of a rotation.
+_MAX_WEBHOOK_SIGNATURES = 8
 MAX_JSON_DEPTH = 16
 # 2**63 has 19 digits; a longer integer is no number of anything here, and int() of it costs quadratic time.
 MAX_NUMBER_CHARS = 20
@@ -1250,27 +1334,11 @@ MAX_METADATA_KEYS = 50
 MAX_PROBLEMS = 50
 
 
-class Request(NamedTuple):
-    """One HTTP request, complete. Header names are lower case; `address` is the client's, proxies resolved by API."""
+class SignedMessage(NamedTuple):
+    """What tells a signed message that comes again: its id, and when its timestamp is too old to pass a second time."""
 
-    method: str
-    path: str
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
-    body: bytes
-    peer: str
-    request_id: str
-    is_gone: Callable[[], bool] = lambda: False
-
-
-class Response(NamedTuple):
-    """One answer: a body, or a stream of chunks that ends the connection."""
-
-    status: int
-    body: bytes = b""
-    content_type: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
-    stream: Iterator[bytes] | None = None
+    id: str
+    expires_ms: int
 
 
 class VerifiedBody(NamedTuple):
@@ -1278,6 +1346,31 @@ class VerifiedBody(NamedTuple):
 
     key_id: str
     body: bytes
+    message: SignedMessage | None = None
+
+
+class Request(NamedTuple):
+    """One HTTP request. Header names are lower case; `peer` is who connected, `verified` what passed the signature gate."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes
+    peer: Peer
+    request_id: str
+    is_gone: Callable[[], bool] = lambda: False
+    verified: VerifiedBody | None = None
+
+
+class Response(NamedTuple):
+    """One answer: a body, or a stream of chunks (an empty one: nothing new yet)."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+    stream: Iterator[bytes] | None = None
 
 
 class DeployRequest(NamedTuple):
@@ -1293,6 +1386,7 @@ class DeployRequest(NamedTuple):
     digest: str
     idempotency_key: str | None
     key_id: str
+    message: SignedMessage | None = None
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -1308,19 +1402,70 @@ def sign(key: bytes, body: bytes) -> str:
     return "sha256=" + hmac.digest(key, body, "sha256").hex()
 
 
-def verify(body: bytes, signature: str | None, keys: Mapping[str, bytes]) -> VerifiedBody:
+def webhook_key(secret: bytes) -> bytes:
+    """Return the key of Standard Webhooks that a secret stands for: its bytes, or after "whsec_" what their base64 says.
+
+    Raises ValueError for a secret that begins so and goes on with anything but base64.
+    """
+    if not secret.startswith(_WEBHOOK_KEY_PREFIX):
+        return secret
+    return base64.b64decode(secret.removeprefix(_WEBHOOK_KEY_PREFIX), validate=True)
+
+
+def sign_webhook(secret: bytes, body: bytes, message_id: str, at_s: int) -> dict[str, str]:
+    """Return the three headers of Standard Webhooks for a body."""
+    signature = base64.b64encode(hmac.digest(webhook_key(secret), f"{message_id}.{at_s}.".encode() + body, "sha256")).decode()
+    return {"webhook-id": message_id, "webhook-timestamp": str(at_s), "webhook-signature": f"v1,{signature}"}
+
+
+def has_signature(headers: Mapping[str, str]) -> bool:
+    """Return whether a request claims to be signed at all."""
+    return SIGNATURE_HEADER in headers or WEBHOOK_HEADERS[0] in headers
+
+
+def verify(body: bytes, headers: Mapping[str, str], keys: Mapping[str, bytes], security: Security, now_ms: int) -> VerifiedBody:
     """Return the proof that one of `keys` signed `body`; raise `authentication` otherwise.
 
-    Every key is tried whatever the earlier ones gave, each compared in constant time: the time taken tells nothing.
+    A signature of Standard Webhooks decides alone where there is one. Every key is tried whatever the earlier ones gave,
+    each compared in constant time: the time taken tells nothing. What is wrong beyond that is told to holders of a key only.
     """
-    given = (signature or "").strip().encode("latin-1", "replace").lower()
+    is_webhook = WEBHOOK_HEADERS[0] in headers
+    make, given = _webhook_claim(body, headers) if is_webhook else _hub_claim(body, headers)
     match = None
     for key_id, key in keys.items():
-        if hmac.compare_digest(sign(key, body).encode(), given) and len(key) >= 16 and match is None:
+        expected = make(key)
+        found = [hmac.compare_digest(expected, signature) for signature in given]
+        if any(found) and len(key) >= 16 and match is None:
             match = key_id
     if match is None:
         raise HookshotError("authentication", "the signature is missing or wrong")
-    return VerifiedBody(match, body)
+    if not is_webhook:
+        if security.require_timestamp:
+            raise HookshotError("authentication", "this server takes only signatures with a timestamp: the webhook-id, webhook-timestamp "
+                                                  "and webhook-signature headers (security.require_timestamp)")
+        return VerifiedBody(match, body)
+    at_ms, window_ms = int(headers["webhook-timestamp"]) * 1000, security.replay_window * 1000
+    if abs(now_ms - at_ms) > window_ms:
+        raise HookshotError("authentication", f"the signature's timestamp is {render_duration(abs(now_ms - at_ms))} "
+                                              f"{'ahead of' if at_ms > now_ms else 'behind'} this host's clock, more than "
+                                              f"security.replay_window ({security.replay_window} s); check both clocks")
+    return VerifiedBody(match, body, SignedMessage(headers["webhook-id"], at_ms + window_ms))
+
+
+# How a signature of a key is made, and the signatures that a request claims.
+_Claim = tuple[Callable[[bytes], bytes], Sequence[bytes]]
+
+
+def _hub_claim(body: bytes, headers: Mapping[str, str]) -> _Claim:
+    return lambda key: sign(key, body).encode(), [headers.get(SIGNATURE_HEADER, "").strip().encode("latin-1", "replace").lower()]
+
+
+def _webhook_claim(body: bytes, headers: Mapping[str, str]) -> _Claim:
+    message_id, at_s = headers.get("webhook-id", ""), headers.get("webhook-timestamp", "")
+    is_plain = _WEBHOOK_ID.fullmatch(message_id) and re.fullmatch(r"[0-9]{1,12}", at_s, re.ASCII)
+    signed = f"{message_id}.{at_s}.".encode("latin-1", "replace") + body
+    given = [word.partition(",")[2].encode("latin-1", "replace") for word in headers["webhook-signature"].split() if word.startswith("v1,")]
+    return lambda key: base64.b64encode(hmac.digest(webhook_key(key), signed, "sha256")), given[:_MAX_WEBHOOK_SIGNATURES] if is_plain else []
 
 
 class _BadNumber(NamedTuple):
@@ -1475,7 +1620,8 @@ def parse_deploy(verified: VerifiedBody, idempotency_key: str | None) -> DeployR
         dry_run=fields.boolean("dry_run"),
         digest=hashlib.sha256(verified.body).hexdigest(),
         idempotency_key=parse_idempotency_key(idempotency_key, problems),
-        key_id=verified.key_id)
+        key_id=verified.key_id,
+        message=verified.message)
     problems += overrides.problems
     if problems:
         raise HookshotError("validation", "; ".join(problems[:10]), details="\n".join(problems[:MAX_PROBLEMS]))
@@ -1507,10 +1653,10 @@ def parse_wait(query: Mapping[str, str], prefer: str | None) -> int | None:
 
 def render_problem(error: HookshotError, request_id: str, now_ms: int) -> bytes:
     """Return application/problem+json (RFC 9457) with the members of Hookshot 1.0 beside it."""
-    return render_json({
-        "type": "about:blank", "title": error.kind.title, "status": error.kind.http, "detail": error.sentence,
-        "error": error.sentence, "code": error.kind.code, "details": error.details,
-        "timestamp": render_time(now_ms), "request_id": request_id})
+    # Put together by hand: a flood of refusals is answered at twice the rate. Titles, codes and ids hold nothing to escape.
+    kind, sentence, details = error.kind, _ENCODER.encode(error.sentence), "null" if error.details is None else _ENCODER.encode(error.details)
+    return (f'{{"type":"about:blank","title":"{kind.title}","status":{kind.http},"detail":{sentence},"error":{sentence},"code":"{kind.code}",'
+            f'"details":{details},"timestamp":"{render_time(now_ms)}","request_id":"{request_id}"}}\n').encode("utf-8", "replace")
 
 
 # === 6. LIFECYCLE =====================================================================================================
@@ -2123,9 +2269,17 @@ def new_key() -> str:
     return secrets.token_hex(32)
 
 
+_request_ids = map(f"{secrets.token_hex(4)}{{:08x}}".format, itertools.count(secrets.randbits(16)))
+
+
 def new_request_id() -> str:
-    """Return 16 random hex digits."""
-    return os.urandom(8).hex()
+    """Return 16 hex digits that no other request of this process has, and hardly one of another process."""
+    return next(_request_ids)
+
+
+def new_message_id() -> str:
+    """Return a fresh id of a signed message (Standard Webhooks): no full stop in it, and no one can guess it."""
+    return f"msg_{secrets.token_hex(12)}"
 
 
 def make_private_folder(path: str) -> None:
@@ -2406,6 +2560,36 @@ def _render_pretty(level: str, event: str, message: str, fields: Mapping[str, ob
     return f"{moment} {label} {escape_controls(message)}{extra}\n"
 
 
+class RefusalThrottle:
+    """Keeps floods out of the log: a few lines a minute for one reason and one address, then only their number. Any thread."""
+
+    _LINES = 10
+    _WINDOW_S = 60.0
+    # Addresses beyond it share one count.
+    _MAX_SOURCES = 1000
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[tuple[str, str], list[float]] = {}
+
+    def admit(self, code: str, address: str, now_s: float) -> bool:
+        """Return whether this refusal may have a line of its own."""
+        with self._lock:
+            source = (code, address)
+            if source not in self._seen and len(self._seen) >= self._MAX_SOURCES:
+                source = (code, "others")
+            window = self._seen.setdefault(source, [now_s, 0])
+            window[1] += 1
+            return window[1] <= self._LINES
+
+    def take(self, now_s: float) -> list[tuple[str, str, int]]:
+        """Return (code, address, number) of the refusals that had no line, for each minute that is over."""
+        with self._lock:
+            over = [source for source, window in self._seen.items() if now_s - window[0] >= self._WINDOW_S]
+            counts = [(*source, int(self._seen.pop(source)[1]) - self._LINES) for source in over]
+        return [(code, address, number) for code, address, number in counts if number > 0]
+
+
 # What a night watch needs: accepted, begun, gone wrong, ended. The steps between are in the deployment's own log.
 _LEVEL_OF_STATE = {State.FAILED: "error", State.ROLLBACK_FAILED: "error", State.ROLLED_BACK: "warning", State.CANCELLED: "warning",
                    State.ROLLING_BACK: "warning", State.DEPLOYING: "debug", State.HEALTH_CHECKING: "debug"}
@@ -2506,6 +2690,12 @@ MIGRATIONS: tuple[str, ...] = (
         rolled_back INTEGER NOT NULL DEFAULT 0, rollback_failed INTEGER NOT NULL DEFAULT 0,
         cancelled INTEGER NOT NULL DEFAULT 0, duration_ms INTEGER NOT NULL DEFAULT 0, last_failure_ms INTEGER) WITHOUT ROWID;
     """,
+    # Signed messages that were accepted; they may outlast their deployments, so that none is carried out twice.
+    """
+    CREATE TABLE messages (
+        id TEXT PRIMARY KEY, digest TEXT NOT NULL, deploy_id TEXT NOT NULL, expires_ms INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE INDEX messages_by_expiry ON messages (expires_ms);
+    """,
 )
 
 _COLUMNS = (
@@ -2542,6 +2732,9 @@ _SENTENCE_OF_SQLITE_ERROR = {
 # Left free so that running deployments can write their endings when new ones are refused already.
 DISK_RESERVE_BYTES = 8 << 20
 _BUSY_TIMEOUT_S = 5.0
+_IDLE_READERS = 4
+# Senders of Standard Webhooks try again for days, with the same id and a new timestamp.
+_MESSAGES_KEPT_MS = 7 * 86_400_000
 # A quarter of what makes SQLite itself checkpoint, in the commit that reaches it: 5 ms on top of 0.3 ms.
 _CHECKPOINT_BYTES = 1 << 20
 
@@ -2730,7 +2923,11 @@ class Store:
             try:
                 yield db
             finally:
-                self._readers.put(db)
+                # A burst of readers leaves no more connections open than everyday needs.
+                if self._readers.qsize() < _IDLE_READERS:
+                    self._readers.put(db)
+                else:
+                    db.close()
         except sqlite3.Error as error:
             raise self._translate(error) from error
 
@@ -2762,7 +2959,8 @@ class Store:
 
     def _submit(self, db: sqlite3.Connection, request: DeployRequest, trigger: Trigger, at_ms: int, limits: Limits,
                 on_busy: str, may_claim: bool) -> Submission:
-        if existing := self._find_same(db, request):
+        if existing := self._find_same(db, request) or self._find_message(db, request):
+            self._remember_message(db, request, existing.deploy_id, at_ms)
             return Submission(existing, False, None)
         counts = dict(db.execute("SELECT state, count(*) FROM deployments WHERE completed_ms IS NULL AND service=? GROUP BY state",
                                  (request.service,)).fetchall())
@@ -2783,6 +2981,7 @@ class Store:
              json.dumps(deployment.metadata), json.dumps(deployment.env), json.dumps(trigger), deployment.digest,
              deployment.idempotency_key, at_ms))
         deployment = deployment._replace(seq=cursor.lastrowid or 0)
+        self._remember_message(db, request, deployment.deploy_id, at_ms)
         self._add_move(db, deployment, at_ms, "accepted")
         # While the service is busy nobody need be woken: writes are serial, so whoever frees the place will find this row.
         can_start = sum(counts.values()) < limits.max_concurrent_per_service
@@ -2799,6 +2998,27 @@ class Store:
                     raise HookshotError("conflict", f"{column} {clip(value or '', 128)} belongs to another request; choose a new one")
                 return existing
         return None
+
+    @staticmethod
+    def _find_message(db: sqlite3.Connection, request: DeployRequest) -> Deployment | None:
+        """Return what a signed message started when it came before."""
+        message_id = request.message.id if request.message else ""
+        row = db.execute("SELECT digest, deploy_id FROM messages WHERE id=?", (message_id,)).fetchone()
+        if not row:
+            return None
+        if row[0] != request.digest:
+            raise HookshotError("conflict", f"webhook-id {clip(message_id, 128)} belongs to another message; choose a new one")
+        found = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE deploy_id=?", (row[1],)).fetchone()
+        if not found:
+            raise HookshotError("conflict", f"this message was accepted before, as deployment {row[1]}, which is beyond its retention")
+        return _deployment_of(found)
+
+    @staticmethod
+    def _remember_message(db: sqlite3.Connection, request: DeployRequest, deploy_id: str, at_ms: int) -> None:
+        if request.message:
+            db.execute("DELETE FROM messages WHERE expires_ms < ?", (at_ms,))
+            db.execute("INSERT OR IGNORE INTO messages (id, digest, deploy_id, expires_ms) VALUES (?, ?, ?, ?)",
+                       (request.message.id, request.digest, deploy_id, max(request.message.expires_ms, at_ms + _MESSAGES_KEPT_MS)))
 
     def _supersede(self, db: sqlite3.Connection, service: str, at_ms: int) -> tuple[Deployment, ...]:
         rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE completed_ms IS NULL AND state='Queued' AND service=? "
@@ -3027,7 +3247,8 @@ MIN_KEY_BYTES = 16
 GOOD_KEY_BYTES = 32
 PREFIX_OF_HOOKSHOT_1 = "DEPLOY_RECEIVER_"
 # Variables of ours that configure the command line and are no secrets.
-_PLAIN_VARIABLES = frozenset({"HOOKSHOT_CONFIG", "HOOKSHOT_SERVICES", "HOOKSHOT_URL", "HOOKSHOT_KEY_FILE"})
+_PLAIN_VARIABLES = frozenset({"HOOKSHOT_CONFIG", "HOOKSHOT_SERVICES", "HOOKSHOT_URL", "HOOKSHOT_KEY_FILE", "HOOKSHOT_CA", "HOOKSHOT_CERT",
+                              "HOOKSHOT_CERT_KEY"})
 _SECRETS_COMMAND_TIMEOUT_S = 30
 _MAX_SECRETS_BYTES = 1 << 20
 
@@ -3188,10 +3409,18 @@ def _check_secrets(values: Mapping[str, bytes], config: Config, services: Servic
         elif name not in keys and not values[name].strip():
             place.problem(f"secret {name} is empty; it is required by {wanted_by}")
     for name in sorted(values.keys() & (keys.keys() | {"read_token"})):
-        if problem := check_key(values[name]):
+        if problem := check_key(values[name]) or (check_webhook_key(values[name]) if name in keys else None):
             place.problem(f"secret {name} {problem}; make a new one with `hookshot keygen`")
         elif len(values[name]) < GOOD_KEY_BYTES:
             place.warning(f"secret {name} has only {len(values[name])} bytes; {GOOD_KEY_BYTES} or more are better")
+
+
+def check_webhook_key(value: bytes) -> str | None:
+    """Return why a secret that claims to be a key of Standard Webhooks is none, or None."""
+    try:
+        return None if len(webhook_key(value)) >= MIN_KEY_BYTES else f"is shorter than {MIN_KEY_BYTES} bytes after whsec_"
+    except ValueError:
+        return "begins with whsec_, but what follows is not base64"
 
 
 def check_key(value: bytes) -> str | None:
@@ -3693,11 +3922,12 @@ _PRUNE_BATCHES = 10
 
 
 class Current(NamedTuple):
-    """The configuration and secrets in force; replaced whole, so a reference to it never changes under its reader."""
+    """What is in force; replaced whole, so a reference to it never changes under its reader. `tls` is an ssl.SSLContext or None."""
 
     config: Config
     services: Services
     keyring: Keyring
+    tls: Any = None
 
 
 class Waiter:
@@ -4291,7 +4521,8 @@ def find_leftovers(deployments: Iterable[Deployment], store_id: str) -> list[int
 # What each route does: gates, then a handler (app, request) -> Response. Owns the rate limiter and the health report.
 #
 # 1. ROUTES is the one table: 404, 405 with Allow, and docs/api.md come from it.
-# 2. Gates run in this order: address, rate, signature or token, handler. Nothing is stored before they passed.
+# 2. Gates run in this order: address, rate, route, token or signature, handler. Nothing is stored before they passed.
+#    admit() needs the head alone, begin() the body too; neither waits, so the server's one reading thread calls them.
 # 3. A caller without a right signature learns nothing: an unknown service and a wrong key give the same answer.
 # 4. Answers say what the database says; nothing is made up and no history is scanned.
 
@@ -4299,9 +4530,21 @@ MAX_WAIT_S = 3600
 _FOLLOW_PAUSE_S = 0.1
 _HEARTBEAT_S = 15.0
 _PREVIEW_CHARS = 200
+# Larger bodies take milliseconds to verify, and other clients would wait for them.
+_QUICK_BODY_BYTES = 64 << 10
+# Below it gzip saves no packet.
+_WORTH_GZIP_BYTES = 1024
 MAX_TAIL_LINES = 100_000
 # Headers that only a proxy adds: a request with one of them did not come straight from a user of this host.
-_FORWARDING_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+_FORWARDING_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
+
+
+class Allowance(NamedTuple):
+    """What the rate limiter says: seconds to wait (0: admitted), requests left, seconds until all are there again."""
+
+    wait_s: float
+    left: int
+    reset_s: int
 
 
 class RateLimiter:
@@ -4313,19 +4556,28 @@ class RateLimiter:
         self._lock = threading.Lock()
         self._buckets: collections.OrderedDict[object, tuple[float, float]] = collections.OrderedDict()
 
-    def admit(self, address: Any, now_s: float, *, per_minute: int) -> float:
-        """Return 0 if the request may pass, else the seconds until the next one may."""
-        if not per_minute:
-            return 0.0
-        key = address if getattr(address, "version", 4) == 4 else int(address) >> 64
+    def admit(self, address: Peer, now_s: float, *, per_minute: int) -> Allowance:
+        """Take a token if there is one."""
+        bucket, full = bucket_of(address), float(per_minute)
         with self._lock:
-            tokens, seen_s = self._buckets.pop(key, (float(per_minute), now_s))
-            tokens = min(float(per_minute), tokens + (now_s - seen_s) * per_minute / 60)
+            tokens, seen_s = self._buckets.pop(bucket, (full, now_s))
+            tokens = min(full, tokens + (now_s - seen_s) * full / 60)
             admitted = tokens >= 1
-            self._buckets[key] = (tokens - admitted, now_s)
+            tokens -= admitted
+            self._buckets[bucket] = (tokens, now_s)
             if len(self._buckets) > self._MAX_ADDRESSES:
                 self._buckets.popitem(last=False)
-        return 0.0 if admitted else (1 - tokens) * 60 / per_minute
+        return Allowance(0.0 if admitted else (1 - tokens) * 60 / full, int(tokens), -int((tokens - full) * 60 // full))
+
+
+class HealthCache:
+    """The last health report: when it was made, what it says, and its answer for one second. Any thread; replaced whole."""
+
+    def __init__(self) -> None:
+        self.report: tuple[float, dict[str, Any]] | None = None
+        self.rendered: tuple[float, int, Response] | None = None
+        # One request makes the new report; what comes meanwhile gets the old one.
+        self.is_being_made = False
 
 
 class App:
@@ -4337,20 +4589,21 @@ class App:
         self.is_closing = False
         self.started = time.monotonic()
         self.limiter = RateLimiter()
-        self.health_report: tuple[float, dict[str, Any]] | None = None
+        self.health = HealthCache()
 
 
 Handler = Callable[[App, Request], Response]
 
 
 class Route(NamedTuple):
-    """One row of ROUTES; `gate` is "open", "read" or "signature"."""
+    """One row of ROUTES; `gate` is "open", "read" or "signature". `quick` gives the answer if that needs no waiting."""
 
     method: str
     pattern: str
     gate: str
     handler: Handler
     doc: str
+    quick: Callable[[App, Request], Response | None] | None = None
 
 
 def answer(status: int, document: object, *headers: tuple[str, str]) -> Response:
@@ -4358,8 +4611,9 @@ def answer(status: int, document: object, *headers: tuple[str, str]) -> Response
     return Response(status, render_json(document), headers=headers)
 
 
-def answer_error(error: HookshotError, request_id: str, *headers: tuple[str, str]) -> Response:
+def answer_error(error: HookshotError, request_id: str) -> Response:
     """Return the problem+json answer of an error."""
+    headers = error.headers
     if error.retry_after_s is not None:
         headers += (("Retry-After", str(error.retry_after_s)),)
     if error.kind.http == 401:
@@ -4370,19 +4624,18 @@ def answer_error(error: HookshotError, request_id: str, *headers: tuple[str, str
 # --- gates
 
 
-def client_address(request: Request, trusted: Sequence[Network]) -> Any:
+def client_address(request: Request, trusted: Sequence[Network | str]) -> Peer:
     """Return the client's address: the peer's, or what trusted proxies say (walked from the right); None if unreadable.
 
     A proxy that sets one forwarding header may pass the client's own other one through: if both are there, they must agree.
     """
-    peer = parse_address(request.peer)
-    if not is_in(peer, trusted):
-        return peer
-    found = {_first_untrusted(hops, peer, trusted) for hops in _forwarded_hops(request.headers)}
-    return found.pop() if len(found) == 1 else None if found else peer
+    if not trusted or not is_in(request.peer, trusted):
+        return request.peer
+    found = {_first_untrusted(hops, request.peer, trusted) for hops in _forwarded_hops(request.headers)}
+    return found.pop() if len(found) == 1 else None if found else request.peer
 
 
-def _first_untrusted(hops: Sequence[str], peer: Any, trusted: Sequence[Network]) -> Any:
+def _first_untrusted(hops: Sequence[str], peer: Peer, trusted: Sequence[Network | str]) -> Peer:
     address = peer
     for text in reversed(hops):
         address = parse_address(text)
@@ -4400,83 +4653,182 @@ def _forwarded_hops(headers: Mapping[str, str]) -> Iterator[list[str]]:
 
 
 def _is_local(request: Request) -> bool:
-    """Return whether a request comes straight from this host.
+    """Return whether a request comes straight from this host, and not from a web page that a browser here shows.
 
-    The Host header must name this host too: a web page whose name was made to resolve to 127.0.0.1 (DNS rebinding)
-    sends its own name.
+    The Host header must name this host too: a page whose name was made to resolve to 127.0.0.1 (DNS rebinding) sends its
+    own name. A page of another origin says so itself (Origin, and Sec-Fetch-Site of the Fetch Metadata specification).
     """
-    peer = parse_address(request.peer)
-    host = request.headers.get("host", "")
-    host_address = parse_address(host)
-    names_us = host.partition(":")[0].lower() == "localhost" or (host_address is not None and host_address.is_loopback)
-    return peer is not None and peer.is_loopback and names_us and not any(name in request.headers for name in _FORWARDING_HEADERS)
+    peer, headers = request.peer, request.headers
+    is_here = peer == UNIX_PEER or (peer is not None and not isinstance(peer, str) and peer.is_loopback)
+    return (is_here and _names_this_host(headers.get("host", ""))
+            and (headers.get("origin") is None or _names_this_host(headers["origin"].partition("://")[2]))
+            and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+            and not any(name in headers for name in _FORWARDING_HEADERS))
 
 
-def admit(app: App, request: Request) -> None:
-    """Let a request in by its head alone, before its body is read: address, then rate."""
-    security = app.current().config.security
+def _names_this_host(host: str) -> bool:
+    address = parse_address(host)
+    return host.partition(":")[0].lower() == "localhost" or (address is not None and not isinstance(address, str) and address.is_loopback)
+
+
+# Header fields of an answer.
+Fields = tuple[tuple[str, str], ...]
+
+
+def admit(app: App, request: Request) -> tuple[Route, Fields]:
+    """Let a request in by its head alone, before its body is read: address, rate, route, and a token or any signature at all.
+
+    Returns the route, and the headers that the answer carries.
+    """
+    current = app.current()
+    security = current.config.security
     address = client_address(request, security.trusted_proxies)
     if security.allowed_ips and not is_in(address, security.allowed_ips):
         raise HookshotError("access_denied", "this address may not use the server")
-    route, _ = find_route(request.method, request.path, app.current().config)
-    if route and route.gate == "open":
-        return
-    wait_s = app.limiter.admit(address, time.monotonic(), per_minute=security.rate_limit)
-    if wait_s:
-        raise HookshotError("rate_limited", "too many requests from this address; slow down", retry_after_s=int(wait_s) + 1)
+    route = find_route(request.method, request.path, current.config)
+    headers = () if route and route.gate == "open" or not security.rate_limit else _check_rate(app, address, security.rate_limit)
+    try:
+        if not route:
+            raise _no_route(request, current.config)
+        if route.gate == "read":
+            _check_read_access(current, request)
+        elif route.gate == "signature" and not has_signature(request.headers):
+            raise HookshotError("authentication", "the signature is missing or wrong")
+    except HookshotError as error:
+        error.headers += headers
+        raise
+    return route, headers
 
 
-def _check_read_access(app: App, request: Request) -> None:
-    current = app.current()
+def _check_rate(app: App, address: Peer, per_minute: int) -> Fields:
+    """Return RateLimit headers (draft-ietf-httpapi-ratelimit-headers-10), or raise `rate_limited` with them."""
+    allowance = app.limiter.admit(address, time.monotonic(), per_minute=per_minute)
+    headers = (("RateLimit-Policy", f'"default";q={per_minute};w=60'), ("RateLimit", f'"default";r={allowance.left};t={allowance.reset_s}'))
+    if allowance.wait_s:
+        raise HookshotError("rate_limited", "too many requests from this address; slow down", retry_after_s=int(allowance.wait_s) + 1,
+                            headers=headers)
+    return headers
+
+
+def _check_read_access(current: Current, request: Request) -> None:
     mode = current.config.security.read_access
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     token = current.keyring.values.get("read_token")
-    has_token = token is not None and scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token)
+    has_token = token is not None and scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1", "replace"), token)
     if not (mode == "open" or has_token or (mode == "local" and _is_local(request))):
         raise HookshotError("authentication", "reading needs the bearer token (secret read_token)"
                             + (" or a request from this host itself" if mode == "local" else ""))
 
 
-def find_route(method: str, path: str, config: Config) -> tuple[Route | None, tuple[str, ...]]:
-    """Return the route of a request, and the methods that its path has (none: 404)."""
-    path = "/health" if path == config.monitoring.health_path else "" if path == "/health" else path
-    segments = path.split("/")
-    rows = [route for route in ROUTES if _matches_pattern(route.pattern, segments)]
-    methods = tuple(sorted({name for route in rows for name in (route.method, *(["HEAD"] if route.method == "GET" else []))}))
-    wanted = "GET" if method == "HEAD" else method
-    return next((route for route in rows if route.method == wanted), None), methods
+def find_route(method: str, path: str, config: Config) -> Route | None:
+    """Return the route of a request, or None."""
+    path, method = _fixed_path(path, config), "GET" if method == "HEAD" else method
+    return _PLAIN_ROUTES.get((method, path)) or next(
+        (route for route in _PATTERN_ROUTES if route.method == method and _matches_pattern(route.pattern, path)), None)
 
 
-def _matches_pattern(pattern: str, segments: Sequence[str]) -> bool:
-    parts = pattern.split("/")
+def _fixed_path(path: str, config: Config) -> str:
+    """Return the path as ROUTES has it: monitoring.health_path moves one."""
+    return "/health" if path == config.monitoring.health_path else "" if path == "/health" else path
+
+
+def _matches_pattern(pattern: str, path: str) -> bool:
+    parts, segments = pattern.split("/"), path.split("/")
     return len(parts) == len(segments) and all(part == segment or (part[:1] == "{" and segment) for part, segment in zip(parts, segments))
 
 
-def dispatch(app: App, request: Request) -> Response:
-    """Return the answer to an admitted request. Never raises."""
+def _no_route(request: Request, config: Config) -> HookshotError:
+    path = _fixed_path(request.path, config)
+    methods = {route.method for route in ROUTES if _matches_pattern(route.pattern, path)}
+    if not methods:
+        return HookshotError("not_found", "there is nothing at this path")
+    allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+    return HookshotError("method_not_allowed", f"this path knows only {allowed}", headers=(("Allow", allowed),))
+
+
+def begin(app: App, route: Route, request: Request) -> tuple[Request, Response | None]:
+    """Pass the signature gate and answer what needs no waiting: neither disk, database nor much work. Never raises.
+
+    Without an answer, the request that is returned goes to dispatch(), in a thread that may wait.
+    """
+    if len(request.body) > _QUICK_BODY_BYTES:
+        return request, None
     try:
-        route, methods = find_route(request.method, request.path, app.current().config)
-        if not methods:
-            raise HookshotError("not_found", "there is nothing at this path")
-        if not route:
-            error = HookshotError("method_not_allowed", f"this path knows only {', '.join(methods)}")
-            report_refusal(app, request, error)
-            return answer_error(error, request.request_id, ("Allow", ", ".join(methods)))
-        if route.gate == "read":
-            _check_read_access(app, request)
-        return route.handler(app, request)
+        request = _pass_signature(app, route, request)
+        return request, route.quick(app, request) if route.quick else None
     except HookshotError as error:
-        report_refusal(app, request, error)
-        return answer_error(error, request.request_id)
+        return request, refuse(app, request, error)
     except Exception as error:
-        app.publish(Broken(f"request {request.request_id}", error))
-        return answer_error(HookshotError("internal", "the server made a mistake; its log has more under this request_id"), request.request_id)
+        return request, _answer_bug(app, request, error)
 
 
-def report_refusal(app: App, request: Request, error: HookshotError) -> None:
-    """Publish that a request was refused; the path without its query, which may hold anything."""
+def dispatch(app: App, route: Route, request: Request) -> Response:
+    """Return the answer to a request that has begun. Never raises."""
+    try:
+        request = _pass_signature(app, route, request)
+        return _compress(request, route.handler(app, request))
+    except HookshotError as error:
+        return refuse(app, request, error)
+    except Exception as error:
+        return _answer_bug(app, request, error)
+
+
+def _pass_signature(app: App, route: Route, request: Request) -> Request:
+    if route.gate != "signature" or request.verified:
+        return request
+    current = app.current()
+    return request._replace(verified=verify(request.body, request.headers, _signing_keys(current), current.config.security, now_ms()))
+
+
+def _answer_bug(app: App, request: Request, error: Exception) -> Response:
+    app.publish(Broken(f"request {request.request_id}", error))
+    return answer_error(HookshotError("internal", "the server made a mistake; its log has more under this request_id"), request.request_id)
+
+
+def refuse(app: App, request: Request, error: HookshotError) -> Response:
+    """Publish that a request is refused (its path without the query, which may hold anything) and return the answer."""
     address = client_address(request, app.current().config.security.trusted_proxies)
     app.publish(Refused(request.request_id, str(address), request.method, request.path, error.kind.code, error.sentence))
+    return answer_error(error, request.request_id)
+
+
+# --- compressing
+
+
+def _compress(request: Request, response: Response) -> Response:
+    """Return the answer gzipped if the client takes that and it is worth it."""
+    if response.stream is None and len(response.body) < _WORTH_GZIP_BYTES or response.content_type == "text/event-stream":
+        return response
+    headers = (*response.headers, ("Vary", "Accept-Encoding"))
+    if not _takes_gzip(request.headers.get("accept-encoding", "")):
+        return response._replace(headers=headers)
+    try:
+        import zlib  # a Python may lack it
+    except ImportError:
+        return response
+    # 31: the largest window, and gzip's own frame.
+    compressor = zlib.compressobj(6, zlib.DEFLATED, 31)
+    headers += (("Content-Encoding", "gzip"),)
+    if response.stream is not None:
+        return response._replace(headers=headers, stream=_compress_stream(response.stream, compressor, zlib.Z_SYNC_FLUSH))
+    return response._replace(headers=headers, body=compressor.compress(response.body) + compressor.flush())
+
+
+def _takes_gzip(header: str) -> bool:
+    """Return whether Accept-Encoding names gzip (or everything) with a weight above 0 (RFC 9110, 12.5.3)."""
+    weights = {}
+    for element in header.lower().split(","):
+        name, _, parameter = element.partition(";")
+        weights[name.strip()] = parameter.replace(" ", "") not in ("q=0", "q=0.", "q=0.0", "q=0.00", "q=0.000")
+    return weights.get("gzip", weights.get("x-gzip", weights.get("*", False)))
+
+
+def _compress_stream(stream: Iterator[bytes], compressor: Any, flush_mode: int) -> Iterator[bytes]:
+    with contextlib.closing(stream):  # type: ignore[type-var]
+        for chunk in stream:
+            # A follower sees every line at once: what was compressed so far goes out with it.
+            yield compressor.compress(chunk) + compressor.flush(flush_mode) if chunk else b""
+    yield compressor.flush()
 
 
 # --- deploying
@@ -4484,8 +4836,8 @@ def report_refusal(app: App, request: Request, error: HookshotError) -> None:
 
 def handle_deploy(app: App, request: Request) -> Response:
     """POST /deploy"""
-    current = app.current()
-    verified = verify(request.body, request.headers.get(SIGNATURE_HEADER), _signing_keys(current))
+    current, verified = app.current(), request.verified
+    assert verified
     _check_media_type(request)
     deploy = parse_deploy(verified, request.headers.get("idempotency-key"))
     wait_s = parse_wait(request.query, request.headers.get("prefer"))
@@ -4782,14 +5134,27 @@ def _follow_events(app: App, request: Request, deployment: Deployment, path: str
     yield b"event: end\ndata: " + render_json({"deploy_id": latest.deploy_id, "status": latest.state, "error": latest.error}) + b"\n"
 
 
+def _recent_health(app: App, request: Request) -> Response | None:
+    """Return the last report's answer while it is fresh; rendered once a second."""
+    report, now, lifetime_s = app.health.report, time.monotonic(), app.current().config.monitoring.status_cache_seconds
+    if not report or not lifetime_s or (now - report[0] >= lifetime_s and not app.health.is_being_made):
+        app.health.is_being_made = True
+        return None
+    made_at, uptime_s = report[0], int(now - app.started)
+    rendered = app.health.rendered
+    if not rendered or rendered[:2] != (made_at, uptime_s):
+        document = {**report[1], "uptime_seconds": uptime_s}
+        rendered = app.health.rendered = (made_at, uptime_s, answer(200 if document["status"] == "healthy" else 503, document))
+    return rendered[2]
+
+
 def handle_health(app: App, request: Request) -> Response:
     """GET /health"""
-    now = time.monotonic()
-    cached = app.health_report
-    if not cached or now - cached[0] >= app.current().config.monitoring.status_cache_seconds:
-        cached = app.health_report = (now, _examine(app))
-    report = {**cached[1], "uptime_seconds": int(now - app.started)}
-    return answer(200 if report["status"] == "healthy" else 503, report)
+    try:
+        report = app.health.report = (time.monotonic(), _examine(app))
+    finally:
+        app.health.is_being_made = False
+    return answer(200 if report[1]["status"] == "healthy" else 503, {**report[1], "uptime_seconds": int(time.monotonic() - app.started)})
 
 
 def _examine(app: App) -> dict[str, Any]:
@@ -4831,9 +5196,11 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/deployments", "read", handle_deployments, "Deployments, newest first; service, status, limit (1-200), cursor."),
     Route("GET", "/services", "read", handle_services, "Every service: what runs, how the last deployment ended, statistics."),
     Route("GET", "/services/{name}", "read", handle_service, "One service."),
-    Route("GET", "/health", "open", handle_health, "Whether database, disk and workers are well; 503 if not."),
-    Route("GET", "/ready", "open", handle_ready, "Whether deploys are accepted; 503 while starting or draining."),
+    Route("GET", "/health", "open", handle_health, "Whether database, disk and workers are well; 503 if not.", quick=_recent_health),
+    Route("GET", "/ready", "open", handle_ready, "Whether deploys are accepted; 503 while starting or draining.", quick=handle_ready),
 )
+_PLAIN_ROUTES = {(route.method, route.pattern): route for route in ROUTES if "{" not in route.pattern}
+_PATTERN_ROUTES = tuple(route for route in ROUTES if "{" in route.pattern)
 
 
 # === 19. SERVER =======================================================================================================
@@ -4842,19 +5209,37 @@ ROUTES: tuple[Route, ...] = (
 # 1. The stock request parser is not used: it ignores Transfer-Encoding, takes the first of two lengths and has no
 #    deadline (RFC 9112 calls each of these request smuggling or worse). This reader refuses whatever is ambiguous.
 # 2. Head, body, number of headers, connections and time are bounded before memory is spent.
-# 3. One answer is one send; after an error in reading, the connection is closed without resetting the answer away.
+# 3. One thread reads all connections and answers what needs no waiting; whatever may wait gets a thread of its own
+#    (ThreadingMixIn) for that one request. So idle, slow and refused clients cost no thread and cannot crowd others out.
+# 4. A connection has one owner at a time: the reading thread, or the thread of its request.
+# 5. One answer is one send; after an error in reading, the connection is closed without resetting the answer away.
 
 MAX_REQUEST_LINE_BYTES = 8 << 10
 MAX_HEAD_BYTES = 16 << 10
 MAX_HEADERS = 100
-# An idle kept-alive connection holds a thread; clients reconnect at little cost.
+# How long a kept-alive connection may be idle: clients reconnect at little cost.
 _IDLE_TIMEOUT_S = 30.0
 _LINGER_S = 1.0
 _LINGER_BYTES = 1 << 20
+# Connections that were turned away and read their 503; beyond it they are closed at once.
+_MAX_TURNED_AWAY = 64
+# The share of one address: a quarter of all, but enough for a small limit not to become none.
+_SHARE, _LEAST_SHARE = 4, 8
+# Bodies that are being read, altogether. Below the size of an ordinary deploy a body is taken whatever others hold.
+_BODIES_BYTES = 64 << 20
+_SMALL_BODY_BYTES = 64 << 10
+# Between looks at the deadlines.
+_TURN_S = 0.25
+_ACCEPTS_A_TURN = 64
+# Out of descriptors or memory: nothing is accepted for this long, the kernel's backlog waits.
+_ACCEPT_PAUSE_S = 0.5
+_OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb"{1,32}) ([!-~]+) HTTP/(\d)\.(\d)")
-_HEADER_LINE = re.compile(rb"(" + _TOKEN + rb"+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+_FIRST_BYTES = re.compile(rf"{_TOKEN}|\r".encode())
+_REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-~]+) HTTP/(\d)\.(\d)", re.ASCII)
+_HEADER_NAME = re.compile(rf"{_TOKEN}+", re.ASCII)
+_HEADER_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
 _BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)|\x00")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 # Headers that are lists, which several lines may make up (RFC 9110, 5.3). Any other header may come once.
@@ -4867,7 +5252,7 @@ class _Head(NamedTuple):
 
     method: str
     path: str
-    query: dict[str, str]
+    query: Mapping[str, str]
     headers: dict[str, str]
     is_http_1_1: bool
 
@@ -4878,40 +5263,44 @@ class _Hangup(Exception):
 
 def parse_head(head: bytes) -> _Head:
     """Return the parsed request line and headers (`head` ends before the blank line); raise for what is not exact."""
-    if _BAD_LINE_END.search(head):
-        raise HookshotError("bad_request", "a line does not end in CR LF, or holds a NUL")
-    first, *lines = head.split(b"\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
     method, path, query, is_http_1_1 = parse_request_line(first)
     if len(lines) > MAX_HEADERS:
         raise HookshotError("headers_too_large", f"there are more than {MAX_HEADERS} headers")
     headers: dict[str, str] = {}
     for line in lines:
-        match = _HEADER_LINE.fullmatch(line)
-        if not match:
-            raise HookshotError("bad_request", "a header line is malformed")
-        name, value = match[1].decode().lower(), match[2].decode("latin-1")
-        if name in headers and name not in _LIST_HEADERS:
-            raise HookshotError("bad_request", f"the header {clip(name, 40)} appears more than once")
-        headers[name] = f"{headers[name]},{value}" if name in headers else value
+        name, colon, value = line.partition(":")
+        value = value.strip(" \t")
+        # isprintable: the quick way to see that an ordinary value has no control characters.
+        if not colon or not _HEADER_NAME.fullmatch(name) or not (value.isprintable() or _HEADER_VALUE.fullmatch(value)):
+            raise HookshotError("bad_request", "a header line is malformed, or a line does not end in CR LF")
+        name = name.lower()
+        if name in headers:
+            if name not in _LIST_HEADERS:
+                raise HookshotError("bad_request", f"the header {clip(name, 40)} appears more than once")
+            value = f"{headers[name]},{value}"
+        headers[name] = value
     if is_http_1_1 and "host" not in headers:
         raise HookshotError("bad_request", "the Host header is missing")
     return _Head(method, path, query, headers, is_http_1_1)
 
 
-def parse_request_line(line: bytes) -> tuple[str, str, dict[str, str], bool]:
+# Clients send the same few lines again and again. At most a megabyte: a line is no longer than 8 KB.
+@functools.lru_cache(maxsize=128)
+def parse_request_line(line: str) -> tuple[str, str, Mapping[str, str], bool]:
     """Return method, path, query and whether it is HTTP/1.1; raise for anything but origin-form of HTTP/1.0 and 1.1."""
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise HookshotError("bad_request", "this is not an HTTP/1.1 request")
-    if match[3] != b"1" or match[4] not in (b"0", b"1"):
+    if match[3] != "1" or match[4] not in "01":
         raise HookshotError("http_version", "only HTTP/1.0 and HTTP/1.1 are spoken here")
-    path, _, query = match[2].decode().partition("?")
+    path, _, query = match[2].partition("?")
     if not path.startswith("/") or path.startswith("//") or "#" in query or re.search(r"%(2f|5c|00)|[\\#]", path, re.IGNORECASE):
         raise HookshotError("bad_request", "the request target is not a plain path")
     path = _decode_path(path) if "%" in path else path
     if any(segment in (".", "..") for segment in path.split("/")):
         raise HookshotError("bad_request", "the request target has dot segments")
-    return match[1].decode(), path, _parse_query(query), match[4] == b"1"
+    return match[1], path, _parse_query(query), match[4] == "1"
 
 
 def _decode_path(path: str) -> str:
@@ -4957,191 +5346,27 @@ def body_length(head: _Head, limit: int) -> int | None:
     return int(length)
 
 
-class _Connection:
-    """One client's connection: reads requests, writes answers. One thread."""
+def wants_close(head: _Head) -> bool:
+    """Return whether the client wants the connection closed after the answer."""
+    options = head.headers.get("connection")
+    return not head.is_http_1_1 or (options is not None and "close" in (option.strip() for option in options.lower().split(",")))
 
-    def __init__(self, link: socket.socket, peer: str, app: App):
-        self._link, self._peer, self._app = link, peer, app
-        self._buffer = b""
-        self._deadline = 0.0
 
-    def serve(self) -> None:
-        """Answer requests in order until either side ends the connection."""
-        try:
-            while self._serve_one():
-                pass
-        except (_Hangup, OSError):
-            pass
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 
-    def _serve_one(self) -> bool:
-        """Answer one request and return whether another may follow."""
-        config = self._app.current().config
-        request = Request("-", "-", {}, {}, b"", self._peer, new_request_id(), self._is_gone)
-        if not self._buffer:
-            self._deadline = time.monotonic() + min(_IDLE_TIMEOUT_S, config.server.request_timeout)
-            self._receive(idle=True)
-        self._deadline = time.monotonic() + config.server.request_timeout
-        try:
-            head = self._read_head()
-            given_id = head.headers.get("x-request-id", "")
-            request = request._replace(method=head.method, path=head.path, query=head.query, headers=head.headers,
-                                       request_id=given_id if REQUEST_ID.fullmatch(given_id) else request.request_id)
-            length = body_length(head, config.server.max_request_size)
-            admit(self._app, request)
-            request = request._replace(body=self._read_body(head, length, config.server.max_request_size))
-        except HookshotError as error:
-            report_refusal(self._app, request, error)
-            self._send(answer_error(error, request.request_id), request, closes=True)
-            self._linger()
-            return False
-        response = dispatch(self._app, request)
-        closes = not head.is_http_1_1 or "close" in head.headers.get("connection", "").lower() or self._app.is_closing
-        # Reading has its deadline; the answer gets one of its own, however long the handler waited for the deployment.
-        self._deadline = time.monotonic() + config.server.request_timeout
-        self._send(response, request, closes=closes, is_http_1_1=head.is_http_1_1)
-        return not closes
 
-    # --- reading
-
-    def _receive(self, *, idle: bool = False) -> None:
-        left_s = self._deadline - time.monotonic()
-        try:
-            self._link.settimeout(max(left_s, 0.001))
-            block = self._link.recv(CHUNK_BYTES) if left_s > 0 else None
-        except TimeoutError:
-            block = None
-        if block is None and not idle:
-            raise HookshotError("request_timeout", "the request did not arrive in time (server.request_timeout)")
-        if not block:
-            raise _Hangup
-        self._buffer += block
-
-    def _read_head(self) -> _Head:
-        self._buffer = self._buffer.removeprefix(b"\r\n")
-        while b"\n" not in self._buffer[:MAX_REQUEST_LINE_BYTES]:
-            if len(self._buffer) >= MAX_REQUEST_LINE_BYTES:
-                raise HookshotError("uri_too_long", f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
-            if self._buffer and not re.match(_TOKEN + rb"|\r", self._buffer):
-                raise HookshotError("bad_request", "this is not HTTP; is it TLS on a plain port?")
-            self._receive()
-        # Judged before more is awaited: HTTP/0.9, the HTTP/2 preface and noise are answered at once.
-        parse_request_line(self._buffer[: self._buffer.index(b"\n")].removesuffix(b"\r"))
-        while (end := self._buffer.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)) < 0:
-            if len(self._buffer) >= MAX_HEAD_BYTES:
-                raise HookshotError("headers_too_large", f"the headers are larger than {MAX_HEAD_BYTES} bytes")
-            # A CR at the end may be followed by its LF in the next segment.
-            if _BAD_LINE_END.search(self._buffer.removesuffix(b"\r")):
-                raise HookshotError("bad_request", "a line does not end in CR LF, or holds a NUL")
-            self._receive()
-        head, self._buffer = parse_head(self._buffer[:end]), self._buffer[end + 4 :]
-        return head
-
-    def _read_body(self, head: _Head, length: int | None, limit: int) -> bytes:
-        expectation = head.headers.get("expect", "").lower()
-        if expectation not in ("", "100-continue"):
-            raise HookshotError("expectation", "the only expectation is 100-continue")
-        if expectation and head.is_http_1_1 and not self._buffer and length != 0:
-            self._link.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self._take(length) if length is not None else self._read_chunks(limit)
-
-    def _take(self, length: int) -> bytes:
-        if len(self._buffer) < length:
-            pieces, have = [self._buffer], len(self._buffer)
-            while have < length:
-                self._buffer = b""
-                self._receive()
-                pieces.append(self._buffer)
-                have += len(self._buffer)
-            self._buffer = b"".join(pieces)
-        body, self._buffer = self._buffer[:length], self._buffer[length:]
-        return body
-
-    def _read_line(self) -> bytes:
-        while (end := self._buffer.find(b"\r\n")) < 0:
-            if len(self._buffer) > 1024:
-                raise HookshotError("bad_request", "a chunk's header is too long")
-            self._receive()
-        line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
-        return line
-
-    def _read_chunks(self, limit: int) -> bytes:
-        """Decode a chunked body (RFC 9112, 7.1) strictly; trailers are read and dropped."""
-        pieces: list[bytes] = []
-        total = 0
-        while True:
-            match = _CHUNK_SIZE.fullmatch(self._read_line())
-            if not match:
-                raise HookshotError("bad_request", "a chunk's size is malformed")
-            size = int(match[1], 16)
-            total += size
-            if total > limit:
-                raise HookshotError("too_large", f"the body has more than {limit} bytes (server.max_request_size)")
-            if not size:
-                break
-            pieces.append(self._take(size))
-            if self._take(2) != b"\r\n":
-                raise HookshotError("bad_request", "a chunk is longer than its size")
-        for _ in range(MAX_HEADERS):
-            line = self._read_line()
-            if not line:
-                return b"".join(pieces)
-            if not _HEADER_LINE.fullmatch(line):
-                break
-        raise HookshotError("bad_request", "the trailers are malformed or too many")
-
-    # --- writing
-
-    def _send(self, response: Response, request: Request, *, closes: bool, is_http_1_1: bool = True) -> None:
-        is_stream = response.stream is not None and request.method != "HEAD"
-        head = [f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, 'Unknown')}", f"Date: {_http_date(now_ms() // 1000)}",
-                "Server: hookshot", f"Content-Type: {response.content_type}", f"X-Request-ID: {request.request_id}",
-                "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
-        head += [f"{name}: {value}" for name, value in response.headers]
-        if response.stream is None:
-            head.append(f"Content-Length: {len(response.body)}")
-        elif is_http_1_1:
-            head.append("Transfer-Encoding: chunked")
-        if closes:
-            head.append("Connection: close")
-        content = "\r\n".join([*head, "\r\n"]).encode("latin-1", "replace")
-        self._write(content if request.method == "HEAD" else content + response.body)
-        if is_stream:
-            self._send_stream(response.stream or iter(()), is_chunked=is_http_1_1)
-
-    def _send_stream(self, stream: Iterator[bytes], *, is_chunked: bool) -> None:
-        timeout_s = self._app.current().config.server.request_timeout
-        with contextlib.closing(stream):  # type: ignore[type-var]
-            for chunk in stream:
-                # A stream may last as long as a deployment; a reader that takes nothing for request_timeout is gone.
-                self._deadline = time.monotonic() + timeout_s
-                if chunk:
-                    self._write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk)
-        if is_chunked:
-            self._write(b"0\r\n\r\n")
-
-    def _write(self, content: bytes) -> None:
-        self._link.settimeout(max(0.001, self._deadline - time.monotonic()))
-        self._link.sendall(content)
-
-    def _linger(self) -> None:
-        """Read on for a moment: closing with unread data would reset the connection and the answer with it."""
-        deadline, taken = time.monotonic() + _LINGER_S, 0
-        self._link.shutdown(socket.SHUT_WR)
-        while taken < _LINGER_BYTES and (left_s := deadline - time.monotonic()) > 0:
-            self._link.settimeout(left_s)
-            block = self._link.recv(CHUNK_BYTES)
-            if not block:
-                return
-            taken += len(block)
-
-    def _is_gone(self) -> bool:
-        """Return whether the client has closed the connection; data that waits means that it has not."""
-        poll = select.poll()
-        poll.register(self._link, select.POLLIN)
-        try:
-            return bool(poll.poll(0)) and not self._link.recv(1, socket.MSG_PEEK)
-        except OSError:
-            return True
+def render_answer(response: Response, head: _Head, request_id: str, extra: Fields, *, closes: bool) -> bytes:
+    """Return what goes over the wire before a stream's first chunk: the head, and the body unless the request was HEAD."""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in response.headers + extra)
+    if response.stream is None:
+        lines += f"Content-Length: {len(response.body)}\r\n"
+    elif head.is_http_1_1:
+        lines += "Transfer-Encoding: chunked\r\n"
+    if closes:
+        lines += "Connection: close\r\n"
+    text = (f"{_STATUS_LINES[response.status]}Date: {_http_date(now_ms() // 1000)}\r\nServer: hookshot\r\nContent-Type: {response.content_type}\r\n"
+            f"X-Request-ID: {request_id}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n{lines}\r\n")
+    return text.encode("latin-1", "replace") + (b"" if head.method == "HEAD" else response.body)
 
 
 @functools.lru_cache(maxsize=2)
@@ -5153,62 +5378,672 @@ def _http_date(at_s: int) -> str:
     return f"{day}, {moment.tm_mday:02d} {month} {moment.tm_year} {moment.tm_hour:02d}:{moment.tm_min:02d}:{moment.tm_sec:02d} GMT"
 
 
-class HttpServer(http.server.ThreadingHTTPServer):
-    """Accepts connections, one thread each, up to a limit. serve_forever() in a thread of its own."""
+def load_tls(files: Tls, place: Place) -> Any:
+    """Return the context of [server.tls], or None without one; what is wrong with its files is a problem."""
+    if not any(files):
+        return None
+    if not ssl:
+        place.problem("needs Python's ssl module, which this Python lacks")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    for name, path in files._asdict().items():
+        try:
+            if path:
+                open(path, "rb").close()
+        except OSError as error:
+            (place / name).problem(f"{path} cannot be read: {error.strerror}")
+            return None
+    try:
+        # Without the password argument OpenSSL would ask for a passphrase on the terminal.
+        context.load_cert_chain(files.cert, files.key, password=lambda: b"")
+    except (ssl.SSLError, ValueError) as error:
+        why = {"KEY_VALUES_MISMATCH": "do not belong together"}.get(getattr(error, "reason", "") or "", "are not a certificate and its key "
+                                                                    "in PEM (a key with a passphrase cannot be used)")
+        (place / "cert").problem(f"{files.cert} and {files.key} {why}")
+    if files.client_ca:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(files.client_ca)
+        except (ssl.SSLError, ValueError):
+            (place / "client_ca").problem(f"{files.client_ca} holds no certificates in PEM")
+    return context
+
+
+# What a conversation waits for when it yields: bytes, room to send, the first byte, a TLS handshake, its next turn, or
+# the thread of its request.
+_READ, _WRITE, _PEEK, _SHAKE, _AGAIN, _AWAY, _CLOSED = "read", "write", "peek", "shake", "again", "away", "closed"
+_Conversation = Generator[str, bytes, None]
+_NO_HEAD = _Head("-", "-", {}, {}, True)
+# The first byte of every TLS connection: a handshake record (RFC 8446, 5.1).
+_TLS_HANDSHAKE = b"\x16"
+_WOULD_READ, _WOULD_WRITE = ((ssl.SSLWantReadError,), (ssl.SSLWantWriteError,)) if ssl else ((), ())
+
+
+class _Connection:
+    """One client's connection. What is said on it is a generator, which yields what it waits for; turn() brings that.
+
+    Owned by the reading thread; while a request is carried out, by that request's thread (carry_out).
+    """
+
+    def __init__(self, server: "HttpServer", listener: "Listener", link: Any, peer: Peer):
+        self.listener, self.peer = listener, peer
+        self.deadline = 0.0
+        self.has_place = False
+        self._server, self._app = server, server.app
+        self._link, self._is_tls = link, False
+        self._buffer, self._unsent = b"", b""
+        self._held_bytes = 0
+        self._is_in_request = self._has_tried = self._closes = False
+        self._waits_for, self._watches = _AGAIN, 0
+        self._job: tuple[Route, Request, _Head, Fields] | None = None
+        self._conversation: _Conversation = self._converse()
+
+    # --- the reading thread's side
+
+    def begin(self, *, turned_away: bool = False) -> None:
+        """Say the first words; reads at once, because most clients have sent something by now."""
+        if turned_away:
+            self._conversation = self._turn_away()
+        self._go_on(None)
+        self._has_tried = True
+        self.turn()
+
+    def turn(self) -> None:
+        """Go on if what the conversation waits for is there."""
+        given: bytes | None = None
+        waits_for = self._waits_for
+        try:
+            if waits_for is _READ:
+                given = self._link.recv(CHUNK_BYTES)
+            elif waits_for is _WRITE:
+                self._unsent = self._unsent[self._link.send(self._unsent) :]
+                if self._unsent:
+                    raise BlockingIOError
+            elif waits_for is _PEEK:
+                given = self._link.recv(1, socket.MSG_PEEK)
+            elif waits_for is _SHAKE:
+                self._link.do_handshake()
+            elif waits_for is not _AGAIN:
+                return
+        except _WOULD_READ:
+            self._watch(selectors.EVENT_READ)
+        except _WOULD_WRITE:
+            self._watch(selectors.EVENT_WRITE)
+        except BlockingIOError:
+            self._watch(selectors.EVENT_WRITE if waits_for is _WRITE else selectors.EVENT_READ)
+        except OSError as error:
+            if waits_for is _SHAKE:
+                why = getattr(error, "reason", None) or error.strerror or "the client left"
+                refuse(self._app, _blank_request(self.peer), HookshotError("bad_request", f"the TLS handshake failed: {why}"))
+            self.close()
+        else:
+            self._go_on(given)
+
+    def expire(self) -> None:
+        """The deadline is over: a request that is on its way is told so, anything else just ends."""
+        if self._is_in_request and self._waits_for is _READ:
+            self._go_on(error=HookshotError("request_timeout", "the request did not arrive in time (server.request_timeout)"))
+        else:
+            self.close()
+
+    def come_back(self) -> None:
+        """Go on after the request's thread has sent its answer."""
+        self._link.setblocking(False)
+        self._go_on(None)
+
+    def refuse_job(self) -> None:
+        """Tell the client that its request cannot have a thread."""
+        self._go_on(error=HookshotError("overloaded", "the host has no more threads; try again"))
+
+    def close(self) -> None:
+        """End the connection whatever it waits for."""
+        if self._waits_for is not _CLOSED:
+            self._watch(0)
+            self._waits_for = _CLOSED
+            self._conversation.close()
+            self._let_go()
+            if self._is_tls:
+                self._end_tls()
+            self._link.close()
+            self._server.forget(self)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether a request's thread owns the connection."""
+        return self._waits_for is _AWAY
+
+    def _go_on(self, given: bytes | None = None, *, error: Exception | None = None) -> None:
+        try:
+            self._waits_for = self._conversation.throw(error) if error else self._conversation.send(given)  # type: ignore[arg-type]
+        except (StopIteration, _Hangup, OSError):
+            self.close()
+        except Exception as bug:
+            self._app.publish(Broken("connection", bug))
+            self.close()
+        else:
+            self._settle()
+
+    def _settle(self) -> None:
+        """See to it that turn() is called when what the conversation waits for may be there."""
+        if self._waits_for is _READ:
+            # A new connection has not tried to read yet (begin); TLS may hold decrypted bytes that no selector sees.
+            if self._is_tls and self._link.pending():
+                self._server.turn_again(self)
+            elif self._watches != selectors.EVENT_READ and self._has_tried:
+                self._watch(selectors.EVENT_READ)
+        elif self._waits_for is _AWAY:
+            self._watch(0)
+            self._server.send_away(self)
+        else:
+            self._server.turn_again(self)
+
+    def _watch(self, events: int) -> None:
+        if events != self._watches:
+            self._server.watch(self._link, self._watches, events, self.turn)
+            self._watches = events
+
+    # --- what is said
+
+    def _converse(self) -> _Conversation:
+        """Answer requests in order until either side ends the connection."""
+        context = self._app.current().tls
+        if context and self.listener.is_tcp:
+            yield from self._greet(context)
+        while (yield from self._answer_one()):
+            self._let_go()
+
+    def _greet(self, context: Any) -> _Conversation:
+        self.deadline = time.monotonic() + self._app.current().config.server.request_timeout
+        first = yield _PEEK
+        if first != _TLS_HANDSHAKE:
+            if first:
+                error = HookshotError("bad_request", "this address speaks TLS; use https://")
+                yield from self._refuse(_blank_request(self.peer), _NO_HEAD, error)
+            raise _Hangup
+        self._watch(0)
+        self._link = context.wrap_socket(self._link, server_side=True, do_handshake_on_connect=False)
+        self._is_tls = True
+        yield _SHAKE
+
+    def _turn_away(self) -> _Conversation:
+        yield from self._refuse(_blank_request(self.peer), _NO_HEAD, HookshotError("overloaded", "there are too many connections; try again"))
+
+    def _refuse(self, request: Request, head: _Head, error: HookshotError) -> _Conversation:
+        """Answer after an error in reading: what follows cannot be understood, so the connection ends."""
+        yield self._send(render_answer(refuse(self._app, request, error), head, request.request_id, (), closes=True))
+        yield from self._linger()
+
+    def _answer_one(self) -> "Generator[str, bytes, bool]":
+        """Answer one request and return whether another may follow."""
+        app, server = self._app, self._app.current().config.server
+        self._is_in_request = False
+        if not self._buffer:
+            self.deadline = time.monotonic() + min(_IDLE_TIMEOUT_S, server.request_timeout)
+            self._buffer = yield _READ
+            if not self._buffer:
+                return False
+        self.deadline = time.monotonic() + server.request_timeout
+        self._is_in_request = True
+        head, request, response, extra = _NO_HEAD, None, None, ()
+        try:
+            if (end := self._find_head_end()) < 0:
+                end = yield from self._await_head()
+            head, self._buffer = parse_head(self._buffer[:end]), self._buffer[end + 4 :]
+            request = Request(head.method, head.path, head.query, head.headers, b"", self.peer, _request_id(head), self._is_gone)
+            length = body_length(head, server.max_request_size)
+            try:
+                route, extra = admit(app, request)
+            except HookshotError as error:
+                if length is None or length > len(self._buffer):
+                    raise
+                # Its body is here already: dropped, so that the connection can go on.
+                self._buffer = self._buffer[length:]
+                response = refuse(app, request, error)
+            else:
+                if length != 0:
+                    request = request._replace(body=(yield from self._read_body(head, length, server.max_request_size)))
+                request, response = begin(app, route, request)
+        except HookshotError as error:
+            yield from self._refuse(request or _blank_request(self.peer), head, error)
+            return False
+        self._is_in_request = False
+        if response is None:
+            self._job = route, request, head, extra
+            try:
+                yield _AWAY
+            except HookshotError as error:  # there is no thread to be had
+                response = refuse(app, request, error)
+            else:
+                return not self._closes
+        closes = app.is_closing or wants_close(head)
+        yield self._send(render_answer(response, head, request.request_id, extra, closes=closes))
+        return not closes
+
+    # --- reading
+
+    def _receive(self) -> _Conversation:
+        block = yield _READ
+        if not block:
+            raise _Hangup
+        self._buffer += block
+
+    def _find_head_end(self) -> int:
+        """Return where a complete head of the right size ends, else -1. One empty line before it is passed over (RFC 9112, 2.2)."""
+        if self._buffer[:2] == b"\r\n":
+            self._buffer = self._buffer[2:]
+        end = self._buffer.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
+        return end if self._buffer.find(b"\n", 0, MAX_REQUEST_LINE_BYTES) >= 0 else -1
+
+    def _await_head(self) -> "Generator[str, bytes, int]":
+        """Return where the head ends once it is there; raise as soon as it can no longer be right."""
+        while b"\n" not in self._buffer[:MAX_REQUEST_LINE_BYTES]:
+            if len(self._buffer) >= MAX_REQUEST_LINE_BYTES:
+                raise HookshotError("uri_too_long", f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
+            if self._buffer and not _FIRST_BYTES.match(self._buffer):
+                raise HookshotError("bad_request", "this is not HTTP; is it TLS on a plain port?")
+            yield from self._receive()
+            self._buffer = self._buffer.removeprefix(b"\r\n")
+        # Judged before more is awaited: HTTP/0.9, the HTTP/2 preface and noise are answered at once.
+        parse_request_line(self._buffer[: self._buffer.index(b"\n")].removesuffix(b"\r").decode("latin-1"))
+        while (end := self._buffer.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)) < 0:
+            if len(self._buffer) >= MAX_HEAD_BYTES:
+                raise HookshotError("headers_too_large", f"the headers are larger than {MAX_HEAD_BYTES} bytes")
+            # A CR at the end may be followed by its LF in the next segment.
+            if _BAD_LINE_END.search(self._buffer.removesuffix(b"\r")):
+                raise HookshotError("bad_request", "a line does not end in CR LF, or holds a NUL")
+            yield from self._receive()
+        return end
+
+    def _read_body(self, head: _Head, length: int | None, limit: int) -> "Generator[str, bytes, bytes]":
+        expectation = head.headers.get("expect", "").lower()
+        if expectation not in ("", "100-continue"):
+            raise HookshotError("expectation", "the only expectation is 100-continue")
+        if expectation and head.is_http_1_1 and not self._buffer:
+            yield self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length is not None:
+            return (yield from self._take(length))
+        return (yield from self._read_chunks(limit))
+
+    def _take(self, length: int) -> "Generator[str, bytes, bytes]":
+        have = len(self._buffer)
+        self._hold(min(have, length))
+        if have < length:
+            pieces = [self._buffer]
+            while have < length:
+                self._buffer = b""
+                yield from self._receive()
+                pieces.append(self._buffer)
+                have += len(self._buffer)
+                self._hold(len(self._buffer))
+            self._buffer = b"".join(pieces)
+        body, self._buffer = self._buffer[:length], self._buffer[length:]
+        return body
+
+    def _hold(self, more_bytes: int) -> None:
+        """Count what is kept of a body; raise if all bodies together are too much and this one is not small."""
+        self._held_bytes += more_bytes
+        self._server.held_bytes += more_bytes
+        if self._held_bytes > _SMALL_BODY_BYTES and self._server.held_bytes > max(_BODIES_BYTES, self._app.current().config.server.max_request_size):
+            raise HookshotError("overloaded", "too many large bodies are being read; try again")
+
+    def _let_go(self) -> None:
+        self._server.held_bytes -= self._held_bytes
+        self._held_bytes = 0
+
+    def _read_line(self) -> "Generator[str, bytes, bytes]":
+        while (end := self._buffer.find(b"\r\n")) < 0:
+            if len(self._buffer) > 1024:
+                raise HookshotError("bad_request", "a chunk's header is too long")
+            yield from self._receive()
+        line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
+        return line
+
+    def _read_chunks(self, limit: int) -> "Generator[str, bytes, bytes]":
+        """Decode a chunked body (RFC 9112, 7.1) strictly; trailers are read and dropped."""
+        pieces: list[bytes] = []
+        total = 0
+        while True:
+            match = _CHUNK_SIZE.fullmatch((yield from self._read_line()))
+            if not match:
+                raise HookshotError("bad_request", "a chunk's size is malformed")
+            size = int(match[1], 16)
+            total += size
+            if total > limit:
+                raise HookshotError("too_large", f"the body has more than {limit} bytes (server.max_request_size)")
+            if not size:
+                break
+            pieces.append((yield from self._take(size)))
+            if (yield from self._take(2)) != b"\r\n":
+                raise HookshotError("bad_request", "a chunk is longer than its size")
+        for _ in range(MAX_HEADERS):
+            line = yield from self._read_line()
+            if not line:
+                return b"".join(pieces)
+            name, colon, value = line.decode("latin-1").partition(":")
+            if not colon or not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+                break
+        raise HookshotError("bad_request", "the trailers are malformed or too many")
+
+    # --- writing
+
+    def _send(self, content: bytes) -> str:
+        """Have turn() send this: in one piece, and the rest if the kernel does not take it all. Returns what to wait for."""
+        # Reading had its deadline; the answer gets one of its own.
+        self.deadline = time.monotonic() + self._app.current().config.server.request_timeout
+        self._unsent = content
+        return _WRITE
+
+    def _linger(self) -> _Conversation:
+        """Read on for a moment: closing with unread data would reset the connection and the answer with it."""
+        self._is_in_request = False
+        self.deadline, taken = time.monotonic() + _LINGER_S, 0
+        if self._is_tls:
+            self._end_tls()
+        self._link.shutdown(socket.SHUT_WR)
+        while taken < _LINGER_BYTES and (block := (yield _READ)):
+            taken += len(block)
+
+    def _end_tls(self) -> None:
+        """Say that nothing follows (close_notify); what the client has to say to that is not waited for."""
+        with contextlib.suppress(OSError, ValueError):
+            self._link.unwrap()
+
+    # --- the request's thread
+
+    def carry_out(self) -> None:
+        """Carry the request out and send its answer, however long that takes. The request's own thread."""
+        assert self._job
+        route, request, head, extra = self._job
+        response = dispatch(self._app, route, request)
+        closes = self._app.is_closing or wants_close(head)
+        # Unless everything is sent: where an answer breaks off, a client must not take the next one for its rest.
+        self._closes = True
+        # An error of the link: the client has gone, or takes nothing; there is no one to tell.
+        try:
+            with contextlib.suppress(OSError):
+                self._link.settimeout(self._app.current().config.server.request_timeout)
+                self._link.sendall(render_answer(response, head, request.request_id, extra, closes=closes))
+                if response.stream is not None and head.method != "HEAD":
+                    self._send_stream(response.stream, is_chunked=head.is_http_1_1)
+                self._closes = closes
+        finally:
+            if response.stream is not None:
+                response.stream.close()  # type: ignore[attr-defined]
+
+    def _send_stream(self, stream: Iterator[bytes], *, is_chunked: bool) -> None:
+        # sendall() takes the timeout for one chunk: a stream may last as long as a deployment, but a reader that takes
+        # nothing for request_timeout is gone.
+        for chunk in stream:
+            if chunk:
+                self._link.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk)
+        if is_chunked:
+            self._link.sendall(b"0\r\n\r\n")
+
+    def _is_gone(self) -> bool:
+        """Return whether the client has closed its side, or the connection has failed."""
+        poll = select.poll()
+        poll.register(self._link, getattr(select, "POLLRDHUP", 0))
+        try:
+            return bool(poll.poll(0))
+        except OSError:
+            return True
+
+
+def _request_id(head: _Head) -> str:
+    """Return the caller's id of the request if it has a good one, else a fresh one."""
+    given = head.headers.get("x-request-id")
+    return given if given and REQUEST_ID.fullmatch(given) else new_request_id()
+
+
+def _blank_request(peer: Peer) -> Request:
+    """Return what stands for a request that could not be read."""
+    return Request("-", "-", {}, {}, b"", peer, new_request_id())
+
+
+class Listener(http.server.ThreadingHTTPServer):
+    """One address that is listened on. The reading thread accepts; process_request gives a request a thread of its own."""
 
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 1024
 
-    def __init__(self, listen: ListenAddress, app: App, max_connections: int):
+    def __init__(self, listen: ListenAddress, family: int, server: "HttpServer"):
         """Bind and listen; OSError says why not."""
-        self.address_family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-        self._app = app
-        self._places = threading.BoundedSemaphore(max_connections)
-        super().__init__((listen.host, listen.port), http.server.BaseHTTPRequestHandler)
+        self.listen, self.is_tcp, self.address_family = listen, not listen.path, family
+        self._server, self._app = server, server.app
+        self._inode = 0
+        super().__init__(listen.path or (listen.host, listen.port), http.server.BaseHTTPRequestHandler)  # type: ignore[arg-type]
+        self.socket.setblocking(False)
 
     def server_bind(self) -> None:
         """Bind the socket."""
         # Not HTTPServer's: it asks DNS for this host's name, which takes seconds on a host without a network.
+        if not self.is_tcp:
+            self._bind_path()
+            return
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(self.listen.host))
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
+        self.listen = self.listen._replace(port=self.server_address[1])
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the connection a thread, or an answer and its leave if there are too many."""
-        if not self._places.acquire(blocking=False):
-            self._refuse(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # no more threads: the limit of the host, not ours
-            self._places.release()
-            self._refuse(request)
+    def _bind_path(self) -> None:
+        """Bind a unix socket, in place of one that a dead server left; never in place of a living one's."""
+        path = self.listen.path
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
+                raise FileExistsError(errno.EEXIST, "there is a file that is no socket")
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(path)
+                except ConnectionRefusedError:
+                    os.unlink(path)
+                else:
+                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        self.socket.bind(path)
+        # The server's umask let no one but its user connect until now.
+        os.chmod(path, self._app.current().config.server.socket_mode)
+        self._inode = os.stat(path).st_ino
 
-    def _refuse(self, request: Any) -> None:
-        error = HookshotError("overloaded", "there are too many connections; try again")
-        body = render_problem(error, new_request_id(), now_ms())
-        with contextlib.suppress(OSError):
-            request.setblocking(False)
-            request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\nRetry-After: 5\r\n"
-                         b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-        self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._places.release()
+    def server_close(self) -> None:
+        """Stop listening and take the unix socket away, unless another server has put its own there."""
+        super().server_close()
+        if self._inode:
+            with contextlib.suppress(OSError):
+                if os.stat(self.listen.path).st_ino == self._inode:
+                    os.unlink(self.listen.path)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Speak HTTP with one client."""
-        # Without it a kept-alive client waits 40 ms for the second of two small segments (Nagle against delayed ACK).
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _Connection(request, client_address[0], self._app).serve()
+        """Carry one request out, in its own thread."""
+        request.carry_out()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Give the connection back to the reading thread."""
+        self._server.take_back(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report a bug in the server's own code; the connection is closed, the server goes on."""
+        """Report a bug that dispatch() did not catch: it is in the sending of an answer."""
         self._app.publish(Broken("connection", sys.exc_info()[1] or RuntimeError("unknown")))
+
+
+class HttpServer:
+    """All listeners and connections. serve() in a thread of its own; close() from another one."""
+
+    def __init__(self, app: App):
+        self.app = app
+        self.held_bytes = 0
+        self.listeners: list[Listener] = []
+        self._selector = selectors.DefaultSelector()
+        self._connections: set[_Connection] = set()
+        self._places: collections.Counter[int | str | None] = collections.Counter()
+        self._turned_away = 0
+        self._again: collections.deque[_Connection] = collections.deque()
+        self._returned: collections.deque[_Connection] = collections.deque()
+        self._is_closing = False
+        self._accepts_again_at: float | None = None
+        self._wake_read, self._wake_write = socket.socketpair()
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._take_wake_up)
+
+    def listen(self, address: ListenAddress) -> None:
+        """Listen on one more address; OSError says why not. Before serve()."""
+        if address.path:
+            families = [int(socket.AF_UNIX)]
+        elif not address.host:
+            # Both kinds on one socket where there are both, so that IPv4 clients come as mapped addresses.
+            families = [int(socket.AF_INET6), int(socket.AF_INET)] if socket.has_dualstack_ipv6() else [int(socket.AF_INET)]
+        else:
+            families = [int(socket.AF_INET6 if ":" in address.host else socket.AF_INET)]
+        try:
+            self.listeners.append(Listener(address, families[0], self))
+        except OSError as error:
+            # A kernel that knows IPv6 but may not use it (disable_ipv6).
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or len(families) == 1:
+                raise
+            self.listeners.append(Listener(address, families[1], self))
+
+    def serve(self) -> None:
+        """Accept, read and answer until close()."""
+        self._start_accepting()
+        sweep_at = 0.0
+        while not self._is_closing:
+            try:
+                for key, _ in self._selector.select(0 if self._again else _TURN_S):
+                    key.data()
+                while self._returned:
+                    self._returned.popleft().come_back()
+                # Answers go out together here, after everything that has come is read: a client is woken once, not for each.
+                for _ in range(len(self._again)):
+                    self._again.popleft().turn()
+                if (now := time.monotonic()) >= sweep_at:
+                    sweep_at = now + _TURN_S
+                    self._sweep(now)
+            except Exception as error:
+                self.app.publish(Broken("server", error))
+                time.sleep(_TURN_S)  # a bug that comes again at once must not fill the log
+        self._end()
+
+    def close(self, patience_s: float) -> None:
+        """Stop serving; requests in threads have that long to end. Any thread but serve()'s."""
+        deadline = time.monotonic() + patience_s
+        while any(connection.is_away for connection in tuple(self._connections)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._is_closing = True
+        self._wake_up()
+
+    def _end(self) -> None:
+        for listener in self.listeners:
+            listener.server_close()
+        for connection in tuple(self._connections):
+            if not connection.is_away:
+                connection.close()
+        self._selector.close()
+
+    # --- accepting
+
+    def _start_accepting(self) -> None:
+        self._accepts_again_at = None
+        for listener in self.listeners:
+            self._selector.register(listener, selectors.EVENT_READ, functools.partial(self._accept, listener))
+
+    def _pause_accepting(self, error: OSError) -> None:
+        """Wait with accepting until there may be descriptors or memory again; without a pause this would be a busy loop."""
+        self._accepts_again_at = time.monotonic() + _ACCEPT_PAUSE_S
+        for listener in self.listeners:
+            self._selector.unregister(listener)
+        self.app.publish(Trouble(f"no connection can be accepted: {error.strerror}; {len(self._connections)} are open; "
+                                 "raise LimitNOFILE (ulimit -n) or lower server.max_connections"))
+
+    def _accept(self, listener: Listener) -> None:
+        for _ in range(_ACCEPTS_A_TURN):
+            try:
+                link, address = listener.get_request()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    self._pause_accepting(error)
+                    return
+                continue  # that client has gone again (ECONNABORTED)
+            link.setblocking(False)
+            if listener.is_tcp:
+                # Without it a kept-alive client waits 40 ms for the second of two small segments (Nagle against delayed ACK).
+                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._take(_Connection(self, listener, link, parse_address(address[0]) if listener.is_tcp else UNIX_PEER))
+
+    def _take(self, connection: _Connection) -> None:
+        """Give a connection its place, or an answer and its leave if there are too many, altogether or of its address."""
+        config, bucket = self.app.current().config, bucket_of(connection.peer)
+        limit = config.server.max_connections
+        is_many = bucket != UNIX_PEER and self._places[bucket] >= max(_LEAST_SHARE, limit // _SHARE) \
+            and not is_in(connection.peer, config.security.trusted_proxies)
+        self._connections.add(connection)
+        if len(self._connections) - self._turned_away <= limit and not is_many:
+            self._places[bucket] += 1
+            connection.has_place = True
+            connection.begin()
+            return
+        self._turned_away += 1
+        if self._turned_away > _MAX_TURNED_AWAY or (self.app.current().tls and connection.listener.is_tcp):
+            connection.close()
+        else:
+            connection.begin(turned_away=True)
+
+    # --- what connections call
+
+    def watch(self, link: Any, before: int, events: int, turn: Callable[[], None]) -> None:
+        """Call `turn` when one of `events` is there (0: never); `before` is what was watched for."""
+        if not before:
+            self._selector.register(link, events, turn)
+        elif events:
+            self._selector.modify(link, events, turn)
+        else:
+            self._selector.unregister(link)
+
+    def turn_again(self, connection: _Connection) -> None:
+        """Have a connection's turn come again soon, without waiting for anything."""
+        self._again.append(connection)
+
+    def send_away(self, connection: _Connection) -> None:
+        """Start the thread of a connection's request."""
+        try:
+            connection.listener.process_request(connection, None)  # type: ignore[arg-type]
+        except RuntimeError:  # no more threads: the limit of the host, not ours
+            connection.refuse_job()
+
+    def take_back(self, connection: _Connection) -> None:
+        """Let a connection go on after its request's thread. Any thread."""
+        self._returned.append(connection)
+        self._wake_up()
+
+    def forget(self, connection: _Connection) -> None:
+        """Free a closed connection's place."""
+        self._connections.discard(connection)
+        if not connection.has_place:
+            self._turned_away -= 1
+            return
+        bucket = bucket_of(connection.peer)
+        self._places[bucket] -= 1
+        if not self._places[bucket]:
+            del self._places[bucket]
+
+    def _wake_up(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_write.send(b"w")
+
+    def _take_wake_up(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_read.recv(CHUNK_BYTES)
+
+    def _sweep(self, now: float) -> None:
+        """End what is beyond its deadline."""
+        for connection in [connection for connection in self._connections if connection.deadline < now and not connection.is_away]:
+            connection.expire()
+        if self._accepts_again_at is not None and now >= self._accepts_again_at:
+            self._start_accepting()
 
 
 # === 21. DAEMON =======================================================================================================
@@ -5255,6 +6090,7 @@ def has_errors(problems: Iterable[Problem]) -> bool:
 def check_host(settings: Settings, config_path: str, services_path: str, environ: Mapping[str, str], problems: list[Problem]) -> None:
     """Add what this host lacks for the configuration: directories, accounts, programs."""
     _check_data_dir(settings.config.storage.data_dir, Place(config_path, "storage.data_dir", problems))
+    _check_server(settings.config.server, Place(config_path, "server", problems))
     for service in settings.services.by_name.values():
         place = Place(services_path, f'service "{service.name}"', problems)
         if not os.path.isdir(service.working_dir or "/"):
@@ -5276,6 +6112,21 @@ def _check_data_dir(folder: str, place: Place) -> None:
         place.problem(f"{existing} is not a directory")
     elif not os.access(existing, os.W_OK | os.X_OK):
         place.problem(f"{existing} cannot be written by user {os.geteuid()}; choose another directory or change its owner")
+
+
+# Beside connections: the database, logs, pipes of commands.
+_OTHER_DESCRIPTORS = 100
+
+
+def _check_server(server: Server, place: Place) -> None:
+    for listen in server.listen:
+        folder = os.path.dirname(listen.path)
+        if listen.path and not os.path.isdir(folder):
+            (place / "listen").problem(f"{folder} does not exist; create it (RuntimeDirectory= in a unit)")
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors != resource.RLIM_INFINITY and server.max_connections + _OTHER_DESCRIPTORS > descriptors:
+        (place / "max_connections").warning(f"{server.max_connections} connections need more than the {descriptors} descriptors that this "
+                                            "process may open; raise LimitNOFILE (ulimit -n)")
 
 
 def _check_programs(service: Service, path: str, place: Place) -> None:
@@ -5335,6 +6186,7 @@ class Daemon:
         self._current = self._load()
         self.log = Log()
         self.log.set_up(self._current.config.logging.level, self._current.config.logging.format, self._current.keyring.masker)
+        self._throttle = RefusalThrottle()
         self.signals = Signals()
         self.waiters = Waiters()
         self._parts = contextlib.ExitStack()
@@ -5342,7 +6194,7 @@ class Daemon:
         # Held while files and secrets are read: a slow reading must not put back what a later one has replaced.
         self._reload_lock = threading.Lock()
         self._is_stopping_now = False
-        self.url = ""
+        self.urls: list[str] = []
 
     def _load(self) -> Current:
         problems: list[Problem] = []
@@ -5353,14 +6205,16 @@ class Daemon:
             settings = settings._replace(config=self._override(settings.config))
             check_host(settings, *self._paths, self._environ, problems)
             keyring = load_keyring(*settings, self._surroundings, self._paths[0], problems)
+            tls = load_tls(settings.config.server.tls, Place(self._paths[0], "server.tls", problems))
         if has_errors(problems):
             raise ConfigError(problems)
         self.warnings = tuple(problems)
-        return Current(settings.config, settings.services, keyring)
+        return Current(settings.config, settings.services, keyring, tls)
 
     def publish(self, event: Event) -> None:
         """Tell everyone who listens. Listeners neither fail nor wait."""
-        log_event(self.log, event)
+        if not isinstance(event, Refused) or self._throttle.admit(event.code, event.address, time.monotonic()):
+            log_event(self.log, event)
         self.waiters.tell(event)
         self.engine.note(event)
 
@@ -5382,15 +6236,12 @@ class Daemon:
             raise
         self.engine = Engine(store, lambda: self._current, self.publish, self._environ)
         self.app = App(store, self.engine, lambda: self._current, self.waiters, self.publish)
-        try:
-            self._server = HttpServer(config.server.listen, self.app, config.server.max_connections)
-        except OSError as error:
-            self._parts.close()
-            listen = config.server.listen
-            raise HookshotError("config", f"cannot listen on {listen.host}:{listen.port}: {error.strerror}; end the program that does, "
-                                          "or choose another with --port or server.listen") from None
-        self.url = ListenAddress(self._server.server_address[0], self._server.server_address[1]).url
-        self._begin("accept", lambda: self._server.serve_forever(poll_interval=0.25))
+        self._server = HttpServer(self.app)
+        for address in config.server.listen:
+            self._listen(address)
+        is_tls = self._current.tls is not None
+        self.urls = [listener.listen.url(is_tls=is_tls and listener.is_tcp) for listener in self._server.listeners]
+        self._reader = self._begin("reader", self._server.serve)
         self.engine.recover()
         self.engine.start()
         self._housekeeper = self._begin("housekeeper", self._keep_house)
@@ -5399,7 +6250,17 @@ class Daemon:
         self.app.is_ready = True
         for warning in self.warnings:
             self.log.write("warning", "config_warning", f"{warning.file}: {warning.path} {warning.message}")
-        self.publish(Noted("started", f"hookshot {__version__} listens on {self.url}, {len(self._current.services.by_name)} services"))
+        self.publish(Noted("started", f"hookshot {__version__} listens on {' and '.join(self.urls)}, {len(self._current.services.by_name)} services"))
+
+    def _listen(self, address: ListenAddress) -> None:
+        try:
+            self._server.listen(address)
+        except OSError as error:
+            for listener in self._server.listeners:
+                listener.server_close()
+            self._parts.close()
+            raise HookshotError("config", f"cannot listen on {address}: {error.strerror}; end the program that does, "
+                                          "or choose another with --port or server.listen") from None
 
     def _begin(self, name: str, work: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=work, name=name, daemon=True)
@@ -5425,10 +6286,9 @@ class Daemon:
         self._house_stop.set()
         self._housekeeper.join(_CLOSE_S)
         self.app.is_closing = True
-        if self.waiters.release():
-            time.sleep(_CLOSE_S)
-        self._server.shutdown()
-        self._server.server_close()
+        self.waiters.release()
+        self._server.close(_CLOSE_S)
+        self._reader.join()
         self._parts.close()
         self.publish(Noted("stopped", "hookshot has stopped"))
 
@@ -5461,10 +6321,12 @@ class Daemon:
             self.publish(Trouble("the new configuration is not taken; the old one stays in force"))
             return False
         before = self._current.config
-        if (before.server, before.storage.data_dir) != (loaded.config.server, loaded.config.storage.data_dir):
+        # Certificates alone are taken at once: they change while everything else stays.
+        server = before.server._replace(tls=loaded.config.server.tls)
+        if (server, before.storage.data_dir) != (loaded.config.server, loaded.config.storage.data_dir):
             self.publish(Trouble("changes of [server] and storage.data_dir need a restart; they are not in force yet"))
             loaded = loaded._replace(config=loaded.config._replace(
-                server=before.server, storage=loaded.config.storage._replace(data_dir=before.storage.data_dir)))
+                server=server, storage=loaded.config.storage._replace(data_dir=before.storage.data_dir)))
         self._take(loaded)
         self.publish(Noted("reloaded", f"configuration and secrets are read again, {len(loaded.services.by_name)} services"))
         return True
@@ -5492,6 +6354,8 @@ class Daemon:
         while not self._house_stop.wait(_HOUSE_TURN_S):
             try:
                 self.engine.keep_house()
+                for code, address, number in self._throttle.take(time.monotonic()):
+                    self.log.write("warning", "requests_refused", f"{number} more requests were refused in a minute", address=address, code=code)
                 interval = self._current.config.secrets.reload_interval
                 if interval and time.monotonic() - secrets_at >= interval:
                     secrets_at = time.monotonic()
@@ -5523,15 +6387,60 @@ class Reply(NamedTuple):
     document: Any
 
 
+class Trust(NamedTuple):
+    """Files (PEM) by which a client and a TLS server know each other; `is_pinned`: `ca` is the server's own certificate."""
+
+    ca: str | None = None
+    cert: str | None = None
+    cert_key: str | None = None
+    is_pinned: bool = False
+
+    def context(self) -> Any:
+        """Return the ssl.SSLContext; raise `config` if a file cannot be used."""
+        if not ssl:
+            raise HookshotError("config", "https:// needs Python's ssl module, which this Python lacks")
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.is_pinned:
+                # This very certificate, whoever issued it and for whatever name: it was read from the server's own file.
+                context.check_hostname = False
+                context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+            if self.cert:
+                context.load_cert_chain(self.cert, self.cert_key, password=lambda: b"")
+        except (OSError, ValueError) as error:
+            files = ", ".join(file for file in (self.ca, self.cert, self.cert_key) if file)
+            raise HookshotError("config", f"certificates cannot be loaded from {files}: {error.strerror or error}"
+                                if isinstance(error, OSError) else f"certificates cannot be loaded from {files}") from None
+        return context
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str, timeout_s: float):
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket's path."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
 class Client:
     """One server as its URL names it, with the key and the token there are. One thread."""
 
-    def __init__(self, url: str, key: bytes | None, token: str | None):
-        parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-            raise HookshotError("usage", f"{clip(escape_controls(url), 200)} is not a server's URL; write http://host:port")
-        self.url = url
-        self._parts, self.key, self._token = parts, key, token
+    def __init__(self, url: str, key: bytes | None, token: str | None, trust: Trust = Trust()):
+        self.url, self.key, self._token, self._trust = url, key, token, trust
+        self._socket_path = url.removeprefix("unix:") if url.startswith("unix:/") else ""
+        self._parts = urllib.parse.urlsplit("http://localhost" if self._socket_path else url if "//" in url else f"http://{url}")
+        try:
+            is_right = self._parts.scheme in ("http", "https") and self._parts.hostname and not self._parts.username and self._parts.port != 0
+        except ValueError:  # a port that is no number
+            is_right = False
+        if not is_right:
+            raise HookshotError("usage", f"{clip(escape_controls(url), 200)} is not a server's URL; write http://host:port, https://host or unix:/path")
 
     def get(self, path: str) -> Any:
         """Return the document of a read; raise the server's error as ours."""
@@ -5543,7 +6452,8 @@ class Client:
         if self.key is None:
             raise HookshotError("authentication", "there is no key to sign with; set HOOKSHOT_HMAC_KEY, name a file with --key-file, "
                                                   "or run where the server's configuration can be read")
-        headers = {"Content-Type": "application/json", "X-Hub-Signature-256": sign(self.key, body)}
+        # A fresh id and time for each sending: the server tells a repeated deployment by the deploy_id in the body.
+        headers = {"Content-Type": "application/json", **sign_webhook(self.key, body, new_message_id(), now_ms() // 1000)}
         path = "/deploy" if wait_s is None else f"/deploy?wait={wait_s}"
         with self._open("POST", path, body, headers) as response:
             return self._document(response)
@@ -5586,8 +6496,7 @@ class Client:
     @contextlib.contextmanager
     def _open(self, method: str, path: str, body: bytes, headers: Mapping[str, str],
               timeout_s: float = _READ_TIMEOUT_S) -> Iterator[http.client.HTTPResponse]:
-        connection_class = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-        link = connection_class(self._parts.hostname or "", self._parts.port, timeout=_CONNECT_TIMEOUT_S)
+        link = self._make_link()
         authorization = {"Authorization": f"Bearer {self._token}"} if self._token and method == "GET" else {}
         try:
             link.connect()
@@ -5601,8 +6510,16 @@ class Client:
         with contextlib.closing(link), contextlib.closing(response):
             yield response
 
+    def _make_link(self) -> http.client.HTTPConnection:
+        if self._socket_path:
+            return _UnixConnection(self._socket_path, _CONNECT_TIMEOUT_S)
+        host, port = self._parts.hostname or "", self._parts.port
+        if self._parts.scheme == "https":
+            return http.client.HTTPSConnection(host, port, timeout=_CONNECT_TIMEOUT_S, context=self._trust.context())
+        return http.client.HTTPConnection(host, port, timeout=_CONNECT_TIMEOUT_S)
+
     def _unreachable(self, error: BaseException) -> HookshotError:
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        why = getattr(error, "verify_message", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
         return HookshotError("unreachable", f"{self.url} cannot be reached: {why}; is the server running, and is the URL right?")
 
     def _document(self, response: http.client.HTTPResponse) -> Reply:
@@ -5755,11 +6672,11 @@ def _overrides(args: argparse.Namespace) -> Callable[[Config], Config]:
     """Return what the flags of `run` change in the file's configuration."""
     def override(config: Config) -> Config:
         listen = config.server.listen
-        if args.bind is not None:
-            bind = args.bind.strip("[]")
-            listen = listen._replace(host=bind)
-        if args.port is not None:
-            listen = listen._replace(port=args.port)
+        if args.bind is not None or args.port is not None:
+            # In place of everything in the file: one address, what is not given taken from the file's first with a port.
+            first = next((address for address in listen if not address.path), ListenAddress("127.0.0.1", 8080))
+            listen = (first._replace(host=first.host if args.bind is None else args.bind.strip("[]"),
+                                     port=first.port if args.port is None else args.port),)
         logging = config.logging._replace(format=args.log_format or config.logging.format, level=args.log_level or config.logging.level)
         return config._replace(server=config.server._replace(listen=listen), logging=logging)
 
@@ -5880,20 +6797,30 @@ def _read_key_file(path: str) -> bytes:
     return key
 
 
+def _url_of(server: Server) -> str:
+    """Return the URL of a server on this host: a TCP address if it has one."""
+    address = next((address for address in server.listen if not address.path), server.listen[0])
+    return address.url(is_tls=bool(server.tls.cert) and not address.path)
+
+
 def _client(args: argparse.Namespace) -> Client:
-    """Return the client: URL and key from flags, environment, or the server's own files, in this order."""
+    """Return the client: URL, key and certificates from flags, environment, or the server's own files, in this order."""
     given = {name: os.environ.pop(name, None) for name in ("HOOKSHOT_HMAC_KEY", "HOOKSHOT_READ_TOKEN")}
     url = args.url or os.environ.get("HOOKSHOT_URL")
     key_file = args.key_file or os.environ.get("HOOKSHOT_KEY_FILE")
     key = _read_key_file(key_file) if key_file else (given["HOOKSHOT_HMAC_KEY"] or "").encode() or None
     token = given["HOOKSHOT_READ_TOKEN"]
+    trust = Trust(args.ca or os.environ.get("HOOKSHOT_CA"), args.cert or os.environ.get("HOOKSHOT_CERT"),
+                  args.cert_key or os.environ.get("HOOKSHOT_CERT_KEY"))
     if not url or not key or not token:
         settings, keyring = _client_settings(args)
-        url = url or (settings.config.server.listen.url if settings else "http://127.0.0.1:8080")
+        if not url and settings and settings.config.server.tls.cert and not trust.ca:
+            trust = trust._replace(ca=settings.config.server.tls.cert, is_pinned=True)
+        url = url or (_url_of(settings.config.server) if settings else "http://127.0.0.1:8080")
         if settings and keyring:
             key = key or next(iter(keyring.pick(settings.config.security.hmac_keys).values()), None)
             token = token or keyring.values.get("read_token", b"").decode() or None
-    return Client(url, key, token)
+    return Client(url, key, token, trust)
 
 
 def _parse_pairs(pairs: Sequence[str], flag: str) -> dict[str, str]:
@@ -6028,7 +6955,7 @@ def services(args: argparse.Namespace) -> int:
 
 
 def sign_body(args: argparse.Namespace) -> int:
-    """Print the signature header of a file or of standard input, for curl -H."""
+    """Print the signature headers of a file or of standard input, for curl -H."""
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb") as file:
             body = file.read()
@@ -6037,7 +6964,8 @@ def sign_body(args: argparse.Namespace) -> int:
     client = _client(args)
     if client.key is None:
         raise HookshotError("authentication", "there is no key to sign with; set HOOKSHOT_HMAC_KEY or name a file with --key-file")
-    print(f"X-Hub-Signature-256: {sign(client.key, body)}")
+    headers = sign_webhook(client.key, body, new_message_id(), now_ms() // 1000) if args.timestamp else {"X-Hub-Signature-256": sign(client.key, body)}
+    print("\n".join(f"{name}: {value}" for name, value in headers.items()))
     return EXIT_OK
 
 
@@ -6066,12 +6994,12 @@ def demo(args: argparse.Namespace) -> int:
         daemon.signals.catch(signal.SIGTERM, signal.SIGINT)
         daemon.start()
         try:
-            client = Client(daemon.url, key.encode(), None)
-            print(f"A server with one service, \"web\", listens on {daemon.url}; its files are in {home}.", flush=True)
+            client = Client(daemon.urls[0], key.encode(), None)
+            print(f"A server with one service, \"web\", listens on {daemon.urls[0]}; its files are in {home}.", flush=True)
             ended_well = all([_demo_deploy(client, image, expected, words) for image, expected, words in DEMO_STEPS])
             print("\nBoth ended as they should." if ended_well else "\nSomething did not end as it should.", flush=True)
             if not args.once:
-                print(f"Look at them while this runs:\n  {daemon.url}/services\n  {daemon.url}/deployments\n"
+                print(f"Look at them while this runs:\n  {daemon.urls[0]}/services\n  {daemon.urls[0]}/deployments\n"
                       "Press Ctrl-C to stop and to remove everything.", flush=True)
                 daemon.signals.get(None)
         finally:
@@ -6123,7 +7051,10 @@ def _duration_argument(text: str) -> int:
 
 _JSON = _argument("--json", action="store_true", help="print JSON")
 _TO_SERVER = (_argument("--url", metavar="URL", help="the server; else $HOOKSHOT_URL, else as config.toml says"),
-              _argument("--key-file", metavar="FILE", help="file that holds the key; else $HOOKSHOT_HMAC_KEY, else the server's secrets"))
+              _argument("--key-file", metavar="FILE", help="file that holds the key; else $HOOKSHOT_HMAC_KEY, else the server's secrets"),
+              _argument("--ca", metavar="FILE", help="authorities that the server's certificate may come from; else $HOOKSHOT_CA, else the system's"),
+              _argument("--cert", metavar="FILE", help="client certificate, where the server asks for one; else $HOOKSHOT_CERT"),
+              _argument("--cert-key", metavar="FILE", help="its private key, if that is not in the same file; else $HOOKSHOT_CERT_KEY"))
 
 COMMANDS: dict[str, CliCommand] = {
     "run": CliCommand(run_server, "serve until SIGTERM or Ctrl-C (the default)", (
@@ -6154,7 +7085,7 @@ COMMANDS: dict[str, CliCommand] = {
         _argument("--tail", type=_number(0, MAX_TAIL_LINES), metavar="N", help="only the last N lines"))),
     "services": CliCommand(services, "list the services and how they are", (*_TO_SERVER, _JSON)),
     "sign": CliCommand(sign_body, "print the signature header of a body, for curl -H", (_argument("file", nargs="?", default="-", metavar="FILE", help="file to sign (default: -, standard input)"),
-                                   *_TO_SERVER)),
+        _argument("--timestamp", action="store_true", help="the three headers of Standard Webhooks, good for security.replay_window"), *_TO_SERVER)),
 }
 
 

@@ -698,6 +698,6 @@ def test_a_full_disk_refuses_new_deploys_with_507_and_loses_nothing(tmp_path, sm
     ({"forwarded": "for=10.0.0.1", "x-forwarded-for": "203.0.113.9"}, None),
     ({}, "127.0.0.1")])
 def test_a_forwarding_header_that_the_proxy_passed_through_forges_no_address(headers, address):
-    request = hookshot.Request("GET", "/", {}, headers, b"", "127.0.0.1", "id")
+    request = hookshot.Request("GET", "/", {}, headers, b"", hookshot.parse_address("127.0.0.1"), "id")
     found = hookshot.client_address(request, [hookshot.parse_network("127.0.0.1")])
     assert (None if found is None else str(found)) == address

@@ -105,18 +105,24 @@ def plain(value):
 # --- the keys: path -> default as loaded, a value as written, that value as loaded
 
 CONFIG_KEYS = {
-    "server.listen": (["127.0.0.1", 8080], "[::1]:9000", ["::1", 9000]),
+    "server.listen": ([["127.0.0.1", 8080, ""]], ["[::1]:9000", "unix:/run/x"], [["::1", 9000, ""], ["", 0, "/run/x"]]),
+    "server.socket_mode": (0o660, "600", 0o600),
     "server.worker_threads": (4, 64, 64),
     "server.max_request_size": (1 << 20, "64 kb", 64 << 10),
     "server.request_timeout": (30, "1m", 60),
     "server.shutdown_timeout": (300, 0, 0),
     "server.deploy_response": ("accepted", "completed", "completed"),
     "server.max_connections": (256, 10, 10),
+    "server.tls.cert": ("", "/etc/hookshot/cert.pem", "/etc/hookshot/cert.pem"),
+    "server.tls.client_ca": ("", "/etc/hookshot/ca.pem", "/etc/hookshot/ca.pem"),
+    "server.tls.key": ("", "/etc/hookshot/key.pem", "/etc/hookshot/key.pem"),
     "security.allowed_ips": ([], ["10.0.0.0/8", "::1"], ["10.0.0.0/8", "::1/128"]),
     "security.rate_limit": (100, 0, 0),
     "security.trusted_proxies": ([], ["127.0.0.1"], ["127.0.0.1/32"]),
     "security.read_access": ("local", "token", "token"),
     "security.hmac_keys": (["hmac_key"], ["new", "old"], ["new", "old"]),
+    "security.replay_window": (300, "1m", 60),
+    "security.require_timestamp": (False, True, True),
     "storage.data_dir": ("/var/lib/hookshot", "/srv/state", "/srv/state"),
     "storage.retention.successful_deploys": (100, 1, 1),
     "storage.retention.failed_deploys": (50, 10000, 10000),
@@ -678,7 +684,7 @@ def test_values_as_arguments_are_what_placeholders_are_for(argv):
 
 # --- unknown keys
 
-LATER_CONFIG_KEYS = ["server.tls", "server.tls.cert", "security.replay_window", "security.require_timestamp", "logging.directory",
+LATER_CONFIG_KEYS = ["logging.directory",
                      "logging.rotation",
                      "logging.rotation.max_size", "monitoring.metrics_enabled", "monitoring.metrics_path", "notifications",
                      "notifications.enabled"]
@@ -780,7 +786,7 @@ def test_the_sample_shows_every_key_at_its_default():
 def test_a_value_put_into_the_sample_is_in_force():
     config, problems = load_config(hookshot.render_sample(hookshot.Config, "",
             {"server.listen": "[::1]:1", "storage.retention.log_days": 7}))
-    assert (tuple(config.server.listen), config.storage.retention.log_days, problems) == (("::1", 1), 7, [])
+    assert (config.server.listen, config.storage.retention.log_days, problems) == ((("::1", 1, ""),), 7, [])
 
 
 # --- moving over from the original
