@@ -4589,7 +4589,18 @@ class App:
         self.is_closing = False
         self.started = time.monotonic()
         self.limiter = RateLimiter()
+        self._signing_keys: tuple[Current | None, dict[str, bytes]] = (None, {})
         self.health = HealthCache()
+
+
+    def signing_keys(self, current: Current) -> Mapping[str, bytes]:
+        """Return every key that may sign for any service, by the name of its secret; put together once for each `current`."""
+        if self._signing_keys[0] is not current:
+            names = [*current.config.security.hmac_keys]
+            for service in current.services.by_name.values():
+                names += service.security.hmac_keys
+            self._signing_keys = (current, current.keyring.pick(names))
+        return self._signing_keys[1]
 
 
 Handler = Callable[[App, Request], Response]
@@ -4777,7 +4788,7 @@ def _pass_signature(app: App, route: Route, request: Request) -> Request:
     if route.gate != "signature" or request.verified:
         return request
     current = app.current()
-    return request._replace(verified=verify(request.body, request.headers, _signing_keys(current), current.config.security, now_ms()))
+    return request._replace(verified=verify(request.body, request.headers, app.signing_keys(current), current.config.security, now_ms()))
 
 
 def _answer_bug(app: App, request: Request, error: Exception) -> Response:
@@ -4853,13 +4864,6 @@ def handle_deploy(app: App, request: Request) -> Response:
     if wait_s is None and current.config.server.deploy_response == "completed":
         wait_s = MAX_WAIT_S
     return _answer_submission(app, request, submission, wait_s)
-
-
-def _signing_keys(current: Current) -> dict[str, bytes]:
-    names = [*current.config.security.hmac_keys]
-    for service in current.services.by_name.values():
-        names += service.security.hmac_keys
-    return current.keyring.pick(names)
 
 
 def _service_for(current: Current, deploy: DeployRequest) -> Service:
@@ -5270,11 +5274,10 @@ def parse_head(head: bytes) -> _Head:
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
-        value = value.strip(" \t")
+        name, value = _parse_name(name), value.strip(" \t")
         # isprintable: the quick way to see that an ordinary value has no control characters.
-        if not colon or not _HEADER_NAME.fullmatch(name) or not (value.isprintable() or _HEADER_VALUE.fullmatch(value)):
+        if not colon or not name or not (value.isprintable() or _HEADER_VALUE.fullmatch(value)):
             raise HookshotError("bad_request", "a header line is malformed, or a line does not end in CR LF")
-        name = name.lower()
         if name in headers:
             if name not in _LIST_HEADERS:
                 raise HookshotError("bad_request", f"the header {clip(name, 40)} appears more than once")
@@ -5285,7 +5288,13 @@ def parse_head(head: bytes) -> _Head:
     return _Head(method, path, query, headers, is_http_1_1)
 
 
-# Clients send the same few lines again and again. At most a megabyte: a line is no longer than 8 KB.
+# Clients send the same few names and lines again and again. At most two megabytes each: a head is no longer than 16 KB.
+@functools.lru_cache(maxsize=128)
+def _parse_name(name: str) -> str:
+    """Return a header's name in lower case, or "" for what is none."""
+    return name.lower() if _HEADER_NAME.fullmatch(name) else ""
+
+
 @functools.lru_cache(maxsize=128)
 def parse_request_line(line: str) -> tuple[str, str, Mapping[str, str], bool]:
     """Return method, path, query and whether it is HTTP/1.1; raise for anything but origin-form of HTTP/1.0 and 1.1."""
@@ -5339,7 +5348,7 @@ def body_length(head: _Head, limit: int) -> int | None:
         if head.method in ("POST", "PUT", "PATCH"):
             raise HookshotError("length_required", "send a Content-Length")
         return 0
-    if not re.fullmatch(r"[0-9]{1,19}", length, re.ASCII):
+    if not (length.isascii() and length.isdigit() and len(length) <= 19):
         raise HookshotError("bad_request", "Content-Length is not a number")
     if int(length) > limit:
         raise HookshotError("too_large", f"the body has {int(length)} bytes; at most {limit} are taken (server.max_request_size)")
@@ -5603,7 +5612,11 @@ class _Connection:
                 response = refuse(app, request, error)
             else:
                 if length != 0:
-                    request = request._replace(body=(yield from self._read_body(head, length, server.max_request_size)))
+                    if length is None or length > len(self._buffer) or "expect" in head.headers:
+                        body = yield from self._read_body(head, length, server.max_request_size)
+                    else:
+                        body, self._buffer = self._buffer[:length], self._buffer[length:]
+                    request = request._replace(body=body)
                 request, response = begin(app, route, request)
         except HookshotError as error:
             yield from self._refuse(request or _blank_request(self.peer), head, error)

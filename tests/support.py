@@ -43,6 +43,12 @@ def wait_until(condition: Callable[[], Any], *, patience_s: float = PATIENCE_S) 
     return value
 
 
+def free_port() -> int:
+    """Return a TCP port that nothing uses right now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 class Answer:
     """One HTTP answer: status, headers (lower case), body, and its JSON if it is JSON."""
 

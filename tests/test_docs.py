@@ -8,7 +8,6 @@ import pathlib
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import pytest
 
 import hookshot
 import render_docs
-from support import PATIENCE_S, PROGRAM, ROOT, need, running
+from support import PATIENCE_S, PROGRAM, ROOT, free_port, need, running
 
 PAGES = render_docs.pages()
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -198,11 +197,6 @@ def run_script(script: str, folder: pathlib.Path) -> "subprocess.CompletedProces
     return subprocess.CompletedProcess([], process.returncode, output)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def test_the_first_service_of_the_readme_works_by_paste(tmp_path):
     need("bash")
     folder = tmp_path / "an empty folder"
@@ -222,13 +216,15 @@ def test_the_first_service_of_the_readme_works_by_paste(tmp_path):
     assert '"stopped"' in (folder / "server.log").read_text()
 
 
-def test_a_deploy_by_curl_and_openssl_works(tmp_path):
+@pytest.mark.parametrize("block", ["curl", "timestamp"])
+def test_a_deploy_by_curl_works(tmp_path, block):
     for program in ("bash", "curl", "openssl"):
         need(program)
     services = '[[service]]\nname = "site"\nworking_dir = "@"\n[service.security]\nallowed_image_pattern = \'site:[0-9.]+\'\n' \
         '[service.deploy]\ncommands = [["touch", "{{IMAGE|tag}}"]]\n'
     with running(tmp_path / "host", services) as host:
-        script = script_of("curl")
+        shutil.copy(PROGRAM, host.folder)
+        script = f"export HOOKSHOT_CONFIG='{host.config}'\n{script_of(block)}"
         assert "127.0.0.1:8080" in script
         done = run_script(script.replace("127.0.0.1:8080", f"127.0.0.1:{host.port}"), host.folder)
         assert done.returncode == 0, done.stdout
@@ -237,7 +233,7 @@ def test_a_deploy_by_curl_and_openssl_works(tmp_path):
 
 
 def test_every_block_that_says_it_runs_is_run_here():
-    assert {block.run for block in read_blocks() if block.run} == {"quickstart", "curl"}
+    assert {block.run for block in read_blocks() if block.run} == {"quickstart", "curl", "timestamp"}
 
 
 # --- prose

@@ -12,6 +12,8 @@ import time
 from common import BASELINE, ROOT, announce, make_host, percentile, service
 from pythons import SUPPORTED
 
+from support import free_port
+
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "15"))
 
 
@@ -19,12 +21,6 @@ def build(path: pathlib.Path, *flags: str) -> int:
     """Build an archive and return its size in bytes."""
     subprocess.run([sys.executable, str(ROOT / "build_zipapp.py"), "--output", str(path), *flags], check=True, capture_output=True)
     return path.stat().st_size
-
-
-def free_port() -> int:
-    with socket.socket() as link:
-        link.bind(("127.0.0.1", 0))
-        return link.getsockname()[1]
 
 
 def is_ready(port: int) -> bool:
