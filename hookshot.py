@@ -6449,7 +6449,8 @@ class Client:
         self._socket_path = url.removeprefix("unix:") if url.startswith("unix:/") else ""
         self._parts = urllib.parse.urlsplit("http://localhost" if self._socket_path else url if "//" in url else f"http://{url}")
         try:
-            is_right = self._parts.scheme in ("http", "https") and self._parts.hostname and not self._parts.username and self._parts.port != 0
+            self._port = self._parts.port
+            is_right = self._parts.scheme in ("http", "https") and self._parts.hostname and not self._parts.username
         except ValueError:  # a port that is no number
             is_right = False
         if not is_right:
@@ -6526,7 +6527,7 @@ class Client:
     def _make_link(self) -> http.client.HTTPConnection:
         if self._socket_path:
             return _UnixConnection(self._socket_path, _CONNECT_TIMEOUT_S)
-        host, port = self._parts.hostname or "", self._parts.port
+        host, port = self._parts.hostname or "", self._port
         if self._parts.scheme == "https":
             return http.client.HTTPSConnection(host, port, timeout=_CONNECT_TIMEOUT_S, context=self._trust.context())
         return http.client.HTTPConnection(host, port, timeout=_CONNECT_TIMEOUT_S)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -49,6 +49,55 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+class Certificates(NamedTuple):
+    """Files in PEM: what make_certificates() makes. Keys have no passphrase but for `locked_key`."""
+
+    ca: pathlib.Path
+    server: pathlib.Path
+    server_key: pathlib.Path
+    client: pathlib.Path
+    client_key: pathlib.Path
+    other_ca: pathlib.Path
+    other_client: pathlib.Path
+    other_client_key: pathlib.Path
+    # Another certificate of the same authority for the same names.
+    renewed: pathlib.Path
+    renewed_key: pathlib.Path
+    locked_key: pathlib.Path
+    rsa_key: pathlib.Path
+    garbage: pathlib.Path
+
+
+def make_certificates(folder: pathlib.Path) -> Certificates:
+    """Make two authorities, certificates for localhost and 127.0.0.1, client certificates, and keys that do not serve."""
+    openssl = need("openssl")
+    files = Certificates(*(folder / f"{name}.pem" for name in Certificates._fields))
+
+    def run(*args: object) -> None:
+        done = subprocess.run([openssl, *map(str, args)], stdin=subprocess.DEVNULL, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+
+    def issue(certificate: pathlib.Path, key: pathlib.Path, name: str, ca: tuple[pathlib.Path, pathlib.Path] | None = None) -> None:
+        signed = ("-CA", ca[0], "-CAkey", ca[1]) if ca else ()
+        kind = ("basicConstraints=critical,CA:FALSE", "subjectAltName=DNS:localhost,IP:127.0.0.1", "keyUsage=critical,digitalSignature") \
+            if ca else ("keyUsage=critical,keyCertSign,cRLSign",)
+        extensions = [word for extension in kind for word in ("-addext", extension)]
+        run("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", 2, "-subj", f"/CN={name}",
+            "-keyout", key, "-out", certificate, *extensions, *signed)
+
+    ca, other_ca = ((file, file.with_suffix(".key")) for file in (files.ca, files.other_ca))
+    issue(*ca, "An authority")
+    issue(*other_ca, "Another authority")
+    issue(files.server, files.server_key, "server", ca)
+    issue(files.renewed, files.renewed_key, "server renewed", ca)
+    issue(files.client, files.client_key, "client", ca)
+    issue(files.other_client, files.other_client_key, "client of another", other_ca)
+    run("pkey", "-in", files.server_key, "-aes-256-cbc", "-passout", "pass:secret", "-out", files.locked_key)
+    run("genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048", "-out", files.rsa_key)
+    files.garbage.write_text("-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n")
+    return files
+
+
 class Answer:
     """One HTTP answer: status, headers (lower case), body, and its JSON if it is JSON."""
 
@@ -73,6 +122,8 @@ class Host:
         self.key = key.encode()
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
+        # Where the server listens, as its log says.
+        self.urls: list[str] = []
         self.write(services, config)
         self.secrets.write_text(f"hmac_key={key}\n{secrets}")
         self.secrets.chmod(0o600)
@@ -98,15 +149,16 @@ class Host:
             self.process = subprocess.Popen([*(program or (sys.executable, str(PROGRAM))), "-c", str(self.config), "-s", str(self.services), "run", *flags],
                                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})})
         if wait:
-            self.port = wait_until(lambda: self._find_port(offset))
+            self.urls = wait_until(lambda: self._find_urls(offset))
+            self.port = next((int(url.rpartition(":")[2]) for url in self.urls if not url.startswith("unix:")), 0)
         return self
 
-    def _find_port(self, offset: int) -> int:
+    def _find_urls(self, offset: int) -> list[str]:
         assert self.process and self.process.poll() is None, f"the server ended at start:\n{self.output.read_text()[offset:]}"
         for line in self.output.read_bytes()[offset:].decode().splitlines():
             if '"started"' in line:
-                return int(line.partition("listens on http://")[2].partition(",")[0].rpartition(":")[2])
-        return 0
+                return json.loads(line)["message"].partition(" listens on ")[2].rpartition(", ")[0].split(" and ")
+        return []
 
     def stop(self, number: int = signal.SIGTERM, *, patience_s: float = PATIENCE_S) -> int:
         """Send a signal and return the server's exit status."""
