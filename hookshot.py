@@ -1430,12 +1430,9 @@ def verify(body: bytes, headers: Mapping[str, str], keys: Mapping[str, bytes], s
     each compared in constant time: the time taken tells nothing. What is wrong beyond that is told to holders of a key only.
     """
     is_webhook = WEBHOOK_HEADERS[0] in headers
-    make, given = _webhook_claim(body, headers) if is_webhook else _hub_claim(body, headers)
     match = None
-    for key_id, key in keys.items():
-        expected = make(key)
-        found = [hmac.compare_digest(expected, signature) for signature in given]
-        if any(found) and len(key) >= 16 and match is None:
+    for key_id, is_right in (_check_webhook if is_webhook else _check_hub)(body, headers, keys):
+        if is_right and len(keys[key_id]) >= 16 and match is None:
             match = key_id
     if match is None:
         raise HookshotError("authentication", "the signature is missing or wrong")
@@ -1452,20 +1449,24 @@ def verify(body: bytes, headers: Mapping[str, str], keys: Mapping[str, bytes], s
     return VerifiedBody(match, body, SignedMessage(headers["webhook-id"], at_ms + window_ms))
 
 
-# How a signature of a key is made, and the signatures that a request claims.
-_Claim = tuple[Callable[[bytes], bytes], Sequence[bytes]]
+def _check_hub(body: bytes, headers: Mapping[str, str], keys: Mapping[str, bytes]) -> Iterator[tuple[str, bool]]:
+    """Yield for each key whether it made X-Hub-Signature-256."""
+    given = headers.get(SIGNATURE_HEADER, "").strip().encode("latin-1", "replace").lower()
+    for key_id, key in keys.items():
+        yield key_id, hmac.compare_digest(sign(key, body).encode(), given)
 
 
-def _hub_claim(body: bytes, headers: Mapping[str, str]) -> _Claim:
-    return lambda key: sign(key, body).encode(), [headers.get(SIGNATURE_HEADER, "").strip().encode("latin-1", "replace").lower()]
-
-
-def _webhook_claim(body: bytes, headers: Mapping[str, str]) -> _Claim:
+def _check_webhook(body: bytes, headers: Mapping[str, str], keys: Mapping[str, bytes]) -> Iterator[tuple[str, bool]]:
+    """Yield for each key whether it made one of the signatures in webhook-signature."""
     message_id, at_s = headers.get("webhook-id", ""), headers.get("webhook-timestamp", "")
-    is_plain = _WEBHOOK_ID.fullmatch(message_id) and re.fullmatch(r"[0-9]{1,12}", at_s, re.ASCII)
-    signed = f"{message_id}.{at_s}.".encode("latin-1", "replace") + body
-    given = [word.partition(",")[2].encode("latin-1", "replace") for word in headers["webhook-signature"].split() if word.startswith("v1,")]
-    return lambda key: base64.b64encode(hmac.digest(webhook_key(key), signed, "sha256")), given[:_MAX_WEBHOOK_SIGNATURES] if is_plain else []
+    if not _WEBHOOK_ID.fullmatch(message_id) or not re.fullmatch(r"[0-9]{1,12}", at_s, re.ASCII):
+        return
+    signed = f"{message_id}.{at_s}.".encode() + body
+    claims = [word.removeprefix("v1,").encode("latin-1", "replace") for word in headers["webhook-signature"].split() if word.startswith("v1,")]
+    for key_id, key in keys.items():
+        expected = base64.b64encode(hmac.digest(webhook_key(key), signed, "sha256"))
+        found = [hmac.compare_digest(expected, claim) for claim in claims[:_MAX_WEBHOOK_SIGNATURES]]
+        yield key_id, any(found)
 
 
 class _BadNumber(NamedTuple):
@@ -2215,7 +2216,7 @@ class Refused(NamedTuple):
     """A request was answered with an error."""
 
     request_id: str
-    address: str
+    address: Peer
     method: str
     path: str
     code: str
@@ -2565,29 +2566,32 @@ class RefusalThrottle:
 
     _LINES = 10
     _WINDOW_S = 60.0
-    # Addresses beyond it share one count.
+    # What comes from further addresses shares one count.
     _MAX_SOURCES = 1000
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seen: dict[tuple[str, str], list[float]] = {}
+        # (code, address or /64) -> when its minute began, its first address, how many since
+        self._seen: dict[tuple[str, int | str | None], tuple[float, str, int]] = {}
 
-    def admit(self, code: str, address: str, now_s: float) -> bool:
+    def admit(self, code: str, address: Peer, now_s: float) -> bool:
         """Return whether this refusal may have a line of its own."""
+        source = (code, bucket_of(address))
         with self._lock:
-            source = (code, address)
-            if source not in self._seen and len(self._seen) >= self._MAX_SOURCES:
+            window = self._seen.get(source)
+            if not window and len(self._seen) >= self._MAX_SOURCES:
                 source = (code, "others")
-            window = self._seen.setdefault(source, [now_s, 0])
-            window[1] += 1
-            return window[1] <= self._LINES
+                window = self._seen.get(source, (now_s, "others", 0))
+            began_s, first, number = window or (now_s, str(address), 0)
+            self._seen[source] = (began_s, first, number + 1)
+        return number < self._LINES
 
     def take(self, now_s: float) -> list[tuple[str, str, int]]:
         """Return (code, address, number) of the refusals that had no line, for each minute that is over."""
         with self._lock:
-            over = [source for source, window in self._seen.items() if now_s - window[0] >= self._WINDOW_S]
-            counts = [(*source, int(self._seen.pop(source)[1]) - self._LINES) for source in over]
-        return [(code, address, number) for code, address, number in counts if number > 0]
+            over = [source for source, (began_s, _, _) in self._seen.items() if now_s - began_s >= self._WINDOW_S]
+            windows = [(source[0], *self._seen.pop(source)[1:]) for source in over]
+        return [(code, first, number - self._LINES) for code, first, number in windows if number > self._LINES]
 
 
 # What a night watch needs: accepted, begun, gone wrong, ended. The steps between are in the deployment's own log.
@@ -2626,7 +2630,7 @@ def _log_command_ended(log: Log, event: CommandEnded) -> None:
 
 def _log_refused(log: Log, event: Refused) -> None:
     log.write("warning", "request_refused", f"{event.method} {event.path}: {event.sentence}", request_id=event.request_id,
-              address=event.address, code=event.code)
+              address=str(event.address), code=event.code)
 
 
 def _log_broken(log: Log, event: Broken) -> None:
@@ -4561,7 +4565,8 @@ class RateLimiter:
         bucket, full = bucket_of(address), float(per_minute)
         with self._lock:
             tokens, seen_s = self._buckets.pop(bucket, (full, now_s))
-            tokens = min(full, tokens + (now_s - seen_s) * full / 60)
+            tokens += (now_s - seen_s) * full / 60
+            tokens = tokens if tokens < full else full
             admitted = tokens >= 1
             tokens -= admitted
             self._buckets[bucket] = (tokens, now_s)
@@ -4657,8 +4662,11 @@ def _first_untrusted(hops: Sequence[str], peer: Peer, trusted: Sequence[Network 
 
 def _forwarded_hops(headers: Mapping[str, str]) -> Iterator[list[str]]:
     if "forwarded" in headers:
-        pairs = (pair.strip().partition("=") for element in headers["forwarded"].split(",") for pair in element.split(";"))
-        yield [value for name, _, value in pairs if name.lower() == "for"]
+        hops = [[value for name, _, value in (pair.strip().partition("=") for pair in element.split(";")) if name.lower() == "for"]
+                for element in headers["forwarded"].split(",")]
+        # A hop that names no client, or two, cannot be walked past: what stands to its left is a stranger's own word.
+        if any(hops):
+            yield [hop[0] if len(hop) == 1 else "" for hop in hops]
     if "x-forwarded-for" in headers:
         yield headers["x-forwarded-for"].split(",")
 
@@ -4678,8 +4686,9 @@ def _is_local(request: Request) -> bool:
 
 
 def _names_this_host(host: str) -> bool:
-    address = parse_address(host)
-    return host.partition(":")[0].lower() == "localhost" or (address is not None and not isinstance(address, str) and address.is_loopback)
+    match = re.fullmatch(r"(localhost|[0-9.]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", host.lower(), re.ASCII)
+    address = parse_address(match[1]) if match else None
+    return bool(match) and (match[1] == "localhost" or (address is not None and not isinstance(address, str) and address.is_loopback))
 
 
 # Header fields of an answer.
@@ -4799,7 +4808,7 @@ def _answer_bug(app: App, request: Request, error: Exception) -> Response:
 def refuse(app: App, request: Request, error: HookshotError) -> Response:
     """Publish that a request is refused (its path without the query, which may hold anything) and return the answer."""
     address = client_address(request, app.current().config.security.trusted_proxies)
-    app.publish(Refused(request.request_id, str(address), request.method, request.path, error.kind.code, error.sentence))
+    app.publish(Refused(request.request_id, address, request.method, request.path, error.kind.code, error.sentence))
     return answer_error(error, request.request_id)
 
 
@@ -5116,6 +5125,9 @@ def _read_log(app: App, request: Request, deployment: Deployment, path: str, sta
                 else:
                     yield start, b""
                     waiter.wait(_FOLLOW_PAUSE_S)
+    except OSError as error:
+        # The answer has begun, so the client cannot be told; as an error of the link the disk's would go unnoticed.
+        raise HookshotError("storage", f"the log of {deployment.deploy_id} cannot be read: {error.strerror}") from error
     finally:
         if file:
             file.close()
@@ -5252,19 +5264,23 @@ _LIST_HEADERS = frozenset({"accept", "accept-encoding", "accept-language", "cach
 
 
 class _Head(NamedTuple):
-    """A request before its body."""
+    """A request before its body. `wants_close`: the client takes no further answer on this connection."""
 
     method: str
     path: str
     query: Mapping[str, str]
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     is_http_1_1: bool
+    wants_close: bool
+    request_id: str | None
 
 
 class _Hangup(Exception):
     """The client closed, or sent nothing in time between requests: nothing to answer."""
 
 
+# Clients ask the same again and again: what a health probe or a flood repeats is parsed once. At most a megabyte of heads.
+@functools.lru_cache(maxsize=64)
 def parse_head(head: bytes) -> _Head:
     """Return the parsed request line and headers (`head` ends before the blank line); raise for what is not exact."""
     first, *lines = head.decode("latin-1").split("\r\n")
@@ -5285,17 +5301,17 @@ def parse_head(head: bytes) -> _Head:
         headers[name] = value
     if is_http_1_1 and "host" not in headers:
         raise HookshotError("bad_request", "the Host header is missing")
-    return _Head(method, path, query, headers, is_http_1_1)
+    given_id, options = headers.get("x-request-id", ""), headers.get("connection", "").lower().split(",")
+    wants_close = not is_http_1_1 or "close" in [option.strip() for option in options]
+    return _Head(method, path, query, headers, is_http_1_1, wants_close, given_id if REQUEST_ID.fullmatch(given_id) else None)
 
 
-# Clients send the same few names and lines again and again. At most two megabytes each: a head is no longer than 16 KB.
 @functools.lru_cache(maxsize=128)
 def _parse_name(name: str) -> str:
     """Return a header's name in lower case, or "" for what is none."""
     return name.lower() if _HEADER_NAME.fullmatch(name) else ""
 
 
-@functools.lru_cache(maxsize=128)
 def parse_request_line(line: str) -> tuple[str, str, Mapping[str, str], bool]:
     """Return method, path, query and whether it is HTTP/1.1; raise for anything but origin-form of HTTP/1.0 and 1.1."""
     match = _REQUEST_LINE.fullmatch(line)
@@ -5355,18 +5371,12 @@ def body_length(head: _Head, limit: int) -> int | None:
     return int(length)
 
 
-def wants_close(head: _Head) -> bool:
-    """Return whether the client wants the connection closed after the answer."""
-    options = head.headers.get("connection")
-    return not head.is_http_1_1 or (options is not None and "close" in (option.strip() for option in options.lower().split(",")))
-
-
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus}
 
 
 def render_answer(response: Response, head: _Head, request_id: str, extra: Fields, *, closes: bool) -> bytes:
     """Return what goes over the wire before a stream's first chunk: the head, and the body unless the request was HEAD."""
-    lines = "".join(f"{name}: {value}\r\n" for name, value in response.headers + extra)
+    lines = "".join([f"{name}: {value}\r\n" for name, value in response.headers + extra])
     if response.stream is None:
         lines += f"Content-Length: {len(response.body)}\r\n"
     elif head.is_http_1_1:
@@ -5424,7 +5434,7 @@ def load_tls(files: Tls, place: Place) -> Any:
 # the thread of its request.
 _READ, _WRITE, _PEEK, _SHAKE, _AGAIN, _AWAY, _CLOSED = "read", "write", "peek", "shake", "again", "away", "closed"
 _Conversation = Generator[str, bytes, None]
-_NO_HEAD = _Head("-", "-", {}, {}, True)
+_NO_HEAD = _Head("-", "-", {}, {}, True, True, None)
 # The first byte of every TLS connection: a handshake record (RFC 8446, 5.1).
 _TLS_HANDSHAKE = b"\x16"
 _WOULD_READ, _WOULD_WRITE = ((ssl.SSLWantReadError,), (ssl.SSLWantWriteError,)) if ssl else ((), ())
@@ -5486,7 +5496,9 @@ class _Connection:
             if waits_for is _SHAKE:
                 why = getattr(error, "reason", None) or error.strerror or "the client left"
                 refuse(self._app, _blank_request(self.peer), HookshotError("bad_request", f"the TLS handshake failed: {why}"))
-            self.close()
+                self._go_on(error=_Hangup())
+            else:
+                self.close()
         else:
             self._go_on(given)
 
@@ -5574,7 +5586,15 @@ class _Connection:
         self._watch(0)
         self._link = context.wrap_socket(self._link, server_side=True, do_handshake_on_connect=False)
         self._is_tls = True
-        yield _SHAKE
+        try:
+            yield _SHAKE
+        except _Hangup:
+            # A client that holds the handshake for done has sent its request: a reset would take away the alert that says why.
+            self._watch(0)
+            self._link, self._is_tls = socket.socket(fileno=self._link.detach()), False
+            self._link.setblocking(False)
+            yield from self._linger()
+            raise
 
     def _turn_away(self) -> _Conversation:
         yield from self._refuse(_blank_request(self.peer), _NO_HEAD, HookshotError("overloaded", "there are too many connections; try again"))
@@ -5600,23 +5620,20 @@ class _Connection:
             if (end := self._find_head_end()) < 0:
                 end = yield from self._await_head()
             head, self._buffer = parse_head(self._buffer[:end]), self._buffer[end + 4 :]
-            request = Request(head.method, head.path, head.query, head.headers, b"", self.peer, _request_id(head), self._is_gone)
-            length = body_length(head, server.max_request_size)
+            length, body = body_length(head, server.max_request_size), b""
+            is_whole = length is not None and length <= len(self._buffer) and "expect" not in head.headers
+            if length and is_whole:
+                body, self._buffer = self._buffer[:length], self._buffer[length:]
+            request = Request(head.method, head.path, head.query, head.headers, body, self.peer, head.request_id or new_request_id(), self._is_gone)
             try:
                 route, extra = admit(app, request)
             except HookshotError as error:
-                if length is None or length > len(self._buffer):
+                if not is_whole:
                     raise
-                # Its body is here already: dropped, so that the connection can go on.
-                self._buffer = self._buffer[length:]
                 response = refuse(app, request, error)
             else:
-                if length != 0:
-                    if length is None or length > len(self._buffer) or "expect" in head.headers:
-                        body = yield from self._read_body(head, length, server.max_request_size)
-                    else:
-                        body, self._buffer = self._buffer[:length], self._buffer[length:]
-                    request = request._replace(body=body)
+                if not is_whole:
+                    request = request._replace(body=(yield from self._read_body(head, length, server.max_request_size)))
                 request, response = begin(app, route, request)
         except HookshotError as error:
             yield from self._refuse(request or _blank_request(self.peer), head, error)
@@ -5630,7 +5647,7 @@ class _Connection:
                 response = refuse(app, request, error)
             else:
                 return not self._closes
-        closes = app.is_closing or wants_close(head)
+        closes = app.is_closing or head.wants_close
         yield self._send(render_answer(response, head, request.request_id, extra, closes=closes))
         return not closes
 
@@ -5651,11 +5668,14 @@ class _Connection:
 
     def _await_head(self) -> "Generator[str, bytes, int]":
         """Return where the head ends once it is there; raise as soon as it can no longer be right."""
-        while b"\n" not in self._buffer[:MAX_REQUEST_LINE_BYTES]:
-            if len(self._buffer) >= MAX_REQUEST_LINE_BYTES:
-                raise HookshotError("uri_too_long", f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
+        while True:
+            # First of all: a TLS hello has line feeds too.
             if self._buffer and not _FIRST_BYTES.match(self._buffer):
                 raise HookshotError("bad_request", "this is not HTTP; is it TLS on a plain port?")
+            if b"\n" in self._buffer[:MAX_REQUEST_LINE_BYTES]:
+                break
+            if len(self._buffer) >= MAX_REQUEST_LINE_BYTES:
+                raise HookshotError("uri_too_long", f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
             yield from self._receive()
             self._buffer = self._buffer.removeprefix(b"\r\n")
         # Judged before more is awaited: HTTP/0.9, the HTTP/2 preface and noise are answered at once.
@@ -5770,7 +5790,7 @@ class _Connection:
         assert self._job
         route, request, head, extra = self._job
         response = dispatch(self._app, route, request)
-        closes = self._app.is_closing or wants_close(head)
+        closes = self._app.is_closing or head.wants_close
         # Unless everything is sent: where an answer breaks off, a client must not take the next one for its rest.
         self._closes = True
         # An error of the link: the client has gone, or takes nothing; there is no one to tell.
@@ -5802,12 +5822,6 @@ class _Connection:
             return bool(poll.poll(0))
         except OSError:
             return True
-
-
-def _request_id(head: _Head) -> str:
-    """Return the caller's id of the request if it has a good one, else a fresh one."""
-    given = head.headers.get("x-request-id")
-    return given if given and REQUEST_ID.fullmatch(given) else new_request_id()
 
 
 def _blank_request(peer: Peer) -> Request:
@@ -5877,8 +5891,9 @@ class Listener(http.server.ThreadingHTTPServer):
         self._server.take_back(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report a bug that dispatch() did not catch: it is in the sending of an answer."""
-        self._app.publish(Broken("connection", sys.exc_info()[1] or RuntimeError("unknown")))
+        """Report what dispatch() could not catch, because the answer had begun: a stream that broke off, or a bug."""
+        error = sys.exc_info()[1] or RuntimeError("unknown")
+        self._app.publish(Trouble(error.sentence) if isinstance(error, HookshotError) else Broken("connection", error))
 
 
 class HttpServer:
@@ -6226,8 +6241,12 @@ class Daemon:
 
     def publish(self, event: Event) -> None:
         """Tell everyone who listens. Listeners neither fail nor wait."""
-        if not isinstance(event, Refused) or self._throttle.admit(event.code, event.address, time.monotonic()):
-            log_event(self.log, event)
+        if isinstance(event, Refused):
+            # Nobody else listens to refusals, and there may be thousands a second.
+            if self._throttle.admit(event.code, event.address, time.monotonic()):
+                log_event(self.log, event)
+            return
+        log_event(self.log, event)
         self.waiters.tell(event)
         self.engine.note(event)
 
@@ -6366,9 +6385,10 @@ class Daemon:
         return_memory()
         while not self._house_stop.wait(_HOUSE_TURN_S):
             try:
-                self.engine.keep_house()
+                # First: a disk that keeps the house from being kept must not keep the log quiet too.
                 for code, address, number in self._throttle.take(time.monotonic()):
                     self.log.write("warning", "requests_refused", f"{number} more requests were refused in a minute", address=address, code=code)
+                self.engine.keep_house()
                 interval = self._current.config.secrets.reload_interval
                 if interval and time.monotonic() - secrets_at >= interval:
                     secrets_at = time.monotonic()
@@ -6413,11 +6433,15 @@ class Trust(NamedTuple):
         if not ssl:
             raise HookshotError("config", "https:// needs Python's ssl module, which this Python lacks")
         try:
-            context = ssl.create_default_context(cafile=self.ca)
-            if self.is_pinned:
-                # This very certificate, whoever issued it and for whatever name: it was read from the server's own file.
+            if self.is_pinned and self.ca:
+                # This very certificate, whoever issued it and for whatever name: the first in the server's own file. Its issuers',
+                # which may follow, would vouch for other servers too.
+                own, end, _ = read_text(self.ca).partition("-----END CERTIFICATE-----")
+                context = ssl.create_default_context(cadata=own + end)
                 context.check_hostname = False
                 context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+            else:
+                context = ssl.create_default_context(cafile=self.ca)
             if self.cert:
                 context.load_cert_chain(self.cert, self.cert_key, password=lambda: b"")
         except (OSError, ValueError) as error:
@@ -6533,7 +6557,9 @@ class Client:
         return http.client.HTTPConnection(host, port, timeout=_CONNECT_TIMEOUT_S)
 
     def _unreachable(self, error: BaseException) -> HookshotError:
-        why = getattr(error, "verify_message", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if why := getattr(error, "verify_message", None):
+            return HookshotError("unreachable", f"the certificate of {self.url} is not trusted: {why.rstrip('.')}; name its authority with --ca")
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return HookshotError("unreachable", f"{self.url} cannot be reached: {why}; is the server running, and is the URL right?")
 
     def _document(self, response: http.client.HTTPResponse) -> Reply:
@@ -6714,6 +6740,7 @@ def validate(args: argparse.Namespace) -> int:
     if not has_errors(problems):
         check_host(settings, config_path, services_path, os.environ, problems)
         load_keyring(*settings, surroundings, config_path, problems)
+        load_tls(settings.config.server.tls, Place(config_path, "server.tls", problems))
     if args.json:
         _print_json({"valid": not has_errors(problems), "problems": [problem._asdict() for problem in problems]})
     else:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MPL-2.0
 """WIRE: signatures, strict JSON, deploy requests, and how a failure is told."""
 
+import base64
 import hashlib
 import hmac
 import json
@@ -99,6 +100,205 @@ def test_a_refused_signature_tells_nothing_of_what_was_wrong():
 
     assert told(None, {"main": KEY}) == told("sha256=00", {"main": KEY}) == told(hookshot.sign(OTHER, b"body"),
             {"main": KEY}) == told(hookshot.sign(b"", b"body"), {"main": b""})
+
+
+# --- Standard Webhooks
+
+# Of the specification's own examples (standardwebhooks.com): made by another program.
+VECTOR_SECRET, VECTOR_BODY = b"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", b'{"test": 2432232314}'
+VECTOR = {"webhook-id": "msg_p5jXN8AQM9LWM0D4loKWxJek", "webhook-timestamp": "1614265330",
+          "webhook-signature": "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="}
+AT_S = 1_700_000_000
+WHSEC = b"whsec_" + base64.b64encode(OTHER)
+
+
+def webhook_signature(body, message_id="msg_1", at_s=AT_S, key=KEY):
+    """Return what the specification asks for: base64 of the HMAC of id, time and body, with full stops between."""
+    signed = str(message_id).encode("latin-1") + b"." + str(at_s).encode("latin-1") + b"." + body
+    return base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
+
+
+def webhook(body=b"body", message_id="msg_1", at_s=AT_S, key=KEY, **changes):
+    """Return the three headers of a message; None in `changes` leaves one out."""
+    signature = "v1," + webhook_signature(body, message_id, at_s, key)
+    headers = {"webhook-id": message_id, "webhook-timestamp": str(at_s), "webhook-signature": signature}
+    headers |= {f"webhook-{name}": value for name, value in changes.items()}
+    return {name: value for name, value in headers.items() if value is not None}
+
+
+def take(headers, body=b"body", *, keys=None, now_ms=AT_S * 1000, **security):
+    return hookshot.verify(body, headers, keys or {"main": KEY}, SECURITY._replace(**security), now_ms)
+
+
+def turned_away(headers, body=b"body", **how):
+    """Return the sentence with which a message is refused, a 401."""
+    with pytest.raises(hookshot.HookshotError) as caught:
+        take(headers, body, **how)
+    assert (caught.value.kind.http, caught.value.details) == (401, None)
+    return caught.value.sentence
+
+
+def test_the_example_of_the_specification_verifies():
+    proof = take(VECTOR, VECTOR_BODY, keys={"main": VECTOR_SECRET}, now_ms=1614265330_000)
+    assert proof == ("main", VECTOR_BODY, ("msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265630_000))
+    assert hookshot.sign_webhook(VECTOR_SECRET, VECTOR_BODY, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330) == VECTOR
+
+
+@pytest.mark.parametrize("secret, key", [(KEY, KEY), (WHSEC, OTHER), (VECTOR_SECRET[6:], VECTOR_SECRET[6:]),
+                                         (b"whsec-0123456789abcdef", b"whsec-0123456789abcdef"), (b"x" * 16, b"x" * 16)])
+def test_a_plain_secret_is_its_bytes_and_after_whsec_its_base64(secret, key):
+    assert hookshot.webhook_key(secret) == key
+    assert hookshot.sign_webhook(secret, b"body", "msg_1", AT_S) == webhook(key=key)
+    assert take(webhook(key=key), keys={"main": secret}).key_id == "main"
+    if key != secret:
+        turned_away(webhook(key=secret), keys={"main": secret})
+
+
+GOOD_SIGNATURE, WRONG_SIGNATURE = webhook_signature(b"body"), webhook_signature(b"other")
+
+
+@pytest.mark.parametrize("listed", [
+    f"v1,{GOOD_SIGNATURE}", f"v1,{WRONG_SIGNATURE} v1,{GOOD_SIGNATURE}", f"v1,{GOOD_SIGNATURE} v1,{WRONG_SIGNATURE}",
+    f"v1a,{WRONG_SIGNATURE} v1,{GOOD_SIGNATURE}", f"v2,x v1,{GOOD_SIGNATURE}", f"nonsense v1,{GOOD_SIGNATURE}", f"  v1,{GOOD_SIGNATURE}  ",
+    f"v1,{GOOD_SIGNATURE}\tv2,x", f"v1, v1,{GOOD_SIGNATURE}", f"v1,{GOOD_SIGNATURE} v1,\xe9",
+    " ".join(["v2,x"] * 50 + [f"v1,{GOOD_SIGNATURE}"]),
+    " ".join([f"v1,{WRONG_SIGNATURE}"] * 7 + [f"v1,{GOOD_SIGNATURE}"])])
+def test_one_right_signature_among_several_is_enough(listed):
+    assert take(webhook(signature=listed)).message.id == "msg_1"
+
+
+@pytest.mark.parametrize("listed", [
+    "", " ", "v1", "v1,", GOOD_SIGNATURE, f"v1 {GOOD_SIGNATURE}", f"v1a,{GOOD_SIGNATURE}", f"v2,{GOOD_SIGNATURE}", f"V1,{GOOD_SIGNATURE}",
+    f"v1,{WRONG_SIGNATURE}", f"v1,{GOOD_SIGNATURE[:-1]}", f"v1,{GOOD_SIGNATURE},", f"v1,{GOOD_SIGNATURE},v1,{GOOD_SIGNATURE}",
+    f"v1,{GOOD_SIGNATURE.lower()}", f"v1,{GOOD_SIGNATURE}=", f"v1,{GOOD_SIGNATURE.rstrip('=')}", f"v1={GOOD_SIGNATURE}",
+    f"v11,{GOOD_SIGNATURE}",
+    "v1," + hmac.new(KEY, f"msg_1.{AT_S}.body".encode(), hashlib.sha256).hexdigest(), "v1,\xe9", "v1,\ud800", "v1,\x00",
+    "v1," + base64.b64encode(hmac.new(KEY, b"body", hashlib.sha256).digest()).decode(),
+    "v1," + base64.b64encode(hmac.new(b"", f"msg_1.{AT_S}.body".encode(), hashlib.sha256).digest()).decode(),
+    " ".join([f"v1,{WRONG_SIGNATURE}"] * 100 + [f"v1,{GOOD_SIGNATURE}"])])
+def test_any_other_list_of_signatures_is_refused_with_the_one_sentence(listed):
+    assert turned_away(webhook(signature=listed)) == "the signature is missing or wrong"
+
+
+@pytest.mark.parametrize("message_id", ["a", "msg_1", "8e03978e-40d5-43dd-bc93-6894a57f9324", "a/b:c=d", "!-~".replace("-", ""), "x" * 255])
+def test_a_message_id_is_visible_ascii(message_id):
+    assert take(webhook(message_id=message_id)).message == (message_id, (AT_S + 300) * 1000)
+
+
+@pytest.mark.parametrize("message_id", [None, "", ".", "a.b", ".a", "a.", "a b", " a", "a\t", "a\n", "\xe9", "\x7f", "\x00", "x" * 256])
+def test_any_other_message_id_is_refused(message_id):
+    """With a full stop in it two messages could sign alike: id "a.1", time 2 is id "a", time "1.2"."""
+    assert turned_away(webhook(message_id=message_id or "", id=message_id)) == "the signature is missing or wrong"
+
+
+@pytest.mark.parametrize("at_s", ["", "soon", "-1", "+1700000000", " 1700000000", "1700000000 ", "1700000000.0", "1.7e9", "0x6553f100",
+                                  "1_700_000_000", "\u0661\u0667", "1700000000\n", "1" * 13, "\xb2", "\x00"])
+def test_a_timestamp_is_digits(at_s):
+    """int() would take most of these; whatever they are signed with, they are refused before it is asked."""
+    at_bytes = at_s.encode("latin-1", "replace").decode("latin-1")
+    assert turned_away(webhook(at_s=at_bytes, timestamp=at_s)) == "the signature is missing or wrong"
+
+
+def test_a_message_without_a_timestamp_or_a_signature_is_refused():
+    assert turned_away(webhook(timestamp=None)) == turned_away({}) == "the signature is missing or wrong"
+    assert turned_away(webhook(signature=None)) == "the signature is missing or wrong"
+
+
+def test_parts_cannot_be_moved_between_id_time_and_body():
+    """What is signed is one text; the same text cut elsewhere is another message."""
+    signature = "v1," + webhook_signature(b"5.body", "msg", 17)
+    take({"webhook-id": "msg", "webhook-timestamp": "17", "webhook-signature": signature}, b"5.body", now_ms=17_000)
+    for message_id, at_s in (("msg.17", "5"), ("msg", "17.5"), ("msg.17.5", ""), ("", "msg.17.5")):
+        moved = {"webhook-id": message_id, "webhook-timestamp": at_s, "webhook-signature": signature}
+        assert turned_away(moved, b"body", now_ms=17_000) == "the signature is missing or wrong"
+
+
+@pytest.mark.parametrize("change", [{"id": "msg_2"}, {"timestamp": str(AT_S + 1)}, {"timestamp": f"0{AT_S}"}])
+def test_id_and_time_are_signed_too(change):
+    assert turned_away(webhook(**change)) == "the signature is missing or wrong"
+    assert turned_away(webhook(), b"body ") == "the signature is missing or wrong"
+
+
+@pytest.mark.parametrize("window_s", [1, 300, 86400])
+def test_the_replay_window_ends_to_the_millisecond_both_ways(window_s):
+    edge_ms = window_s * 1000
+    for offset_ms in (-edge_ms, -1, 0, 1, edge_ms):
+        proof = take(webhook(), now_ms=AT_S * 1000 + offset_ms, replay_window=window_s)
+        assert proof.message.expires_ms == AT_S * 1000 + edge_ms
+    for offset_ms, word in ((-edge_ms - 1, "ahead of"), (edge_ms + 1, "behind"), (10**14, "behind")):
+        said = turned_away(webhook(), now_ms=AT_S * 1000 + offset_ms, replay_window=window_s)
+        assert word in said and f"security.replay_window ({window_s} s)" in said and "clock" in said
+
+
+@pytest.mark.parametrize("at_s", ["0", "999999999999", "1"])
+def test_a_timestamp_of_any_size_is_only_too_far_away(at_s):
+    assert "clock" in turned_away(webhook(at_s=at_s))
+
+
+def test_of_the_clock_only_holders_of_a_key_are_told():
+    assert turned_away(webhook(key=OTHER, at_s=1)) == turned_away(webhook(key=OTHER)) == "the signature is missing or wrong"
+    assert "clock" not in turned_away({"x-hub-signature-256": hookshot.sign(OTHER, b"body")}, require_timestamp=True)
+
+
+def test_a_message_is_judged_by_its_own_signature_alone():
+    """No fallback: who can strip or spoil the timestamp of a message must not get it judged without one."""
+    hub = {"x-hub-signature-256": hookshot.sign(KEY, b"body")}
+    assert take(hub).message is None
+    for headers in (webhook(key=OTHER), webhook(signature=""), webhook(signature="v2,x"), webhook(timestamp=None), webhook(at_s=1)):
+        turned_away({**hub, **headers})
+    assert take({**webhook(), "x-hub-signature-256": "sha256=0"}).message.id == "msg_1"
+    # Without the signature it is no message; what else it carries is no credential.
+    assert take({**hub, "webhook-id": "msg_1", "webhook-timestamp": "1"}).message is None
+    turned_away({"webhook-id": "msg_1", "webhook-timestamp": str(AT_S)})
+
+
+def test_a_signature_without_a_timestamp_can_be_refused():
+    said = turned_away({"x-hub-signature-256": hookshot.sign(KEY, b"body")}, require_timestamp=True)
+    assert "webhook-timestamp" in said and "security.require_timestamp" in said
+    assert take(webhook(), require_timestamp=True).message.id == "msg_1"
+
+
+@pytest.mark.parametrize("body", [b"", b" { } \n", b"\xff\0", b".", b"x" * 100_000])
+def test_the_body_of_a_message_is_its_raw_bytes(body):
+    assert take(webhook(body), body).body == body
+    turned_away(webhook(body), body + b"\n")
+
+
+@pytest.mark.parametrize("signer, key_id", [(KEY, "new"), (OTHER, "old"), (b"n" * 32, None)])
+def test_any_of_the_keys_may_sign_a_message_and_is_named(signer, key_id):
+    keys = {"new": KEY, "old": WHSEC}
+    if key_id:
+        assert take(webhook(key=signer), keys=keys).key_id == key_id
+    else:
+        turned_away(webhook(key=signer), keys=keys)
+
+
+@pytest.mark.parametrize("key", [b"", b" ", b"short", b"x" * 15])
+def test_an_empty_or_short_key_signs_no_message(key):
+    assert turned_away(webhook(key=key), keys={"main": key}) == "the signature is missing or wrong"
+
+
+@pytest.mark.parametrize("secret, word", [
+    (KEY, None), (WHSEC, None), (b"whsec_" + base64.b64encode(b"x" * 16), None), (b"whsec_" + base64.b64encode(b"x" * 15), "shorter"),
+    (b"whsec_", "shorter"), (b"whsec_not base64 at all!!!", "base64"), (b"whsec_AAAAAAAAAAAAAAAAAAAAAAAAA", "base64"),
+    (b"whsec_\xff" + b"A" * 24, "base64")])
+def test_a_secret_that_claims_to_be_whsec_is_one(secret, word):
+    problem = hookshot.check_webhook_key(secret)
+    assert (problem is None) if word is None else (word in problem and "AAAA" not in problem)
+
+
+@pytest.mark.parametrize("headers, claims", [
+    ({}, False), ({"x-hub-signature-256": ""}, True), ({"webhook-signature": ""}, True),
+    ({"webhook-id": "a", "webhook-timestamp": "1"}, False),
+    ({"authorization": "Bearer x"}, False), ({"x-hub-signature": "sha1=0"}, False)])
+def test_what_claims_to_be_signed(headers, claims):
+    assert hookshot.has_signature(headers) == claims
+
+
+def test_a_message_goes_with_the_deploy_request():
+    body = json.dumps(GOOD).encode()
+    request = hookshot.parse_deploy(take(webhook(body), body), None)
+    assert request.message == ("msg_1", (AT_S + 300) * 1000) and request.key_id == "main"
 
 
 # --- strict JSON

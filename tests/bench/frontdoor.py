@@ -42,8 +42,8 @@ class Case(NamedTuple):
 CASES = (
     Case("GET /health", "/health", "/", False),
     Case("POST, bad signature", "/deploy", "/hooks/deploy", True),
-    # The peer has no rate limit: beside it stands its cheapest refusal of a POST, that of an unknown hook.
-    Case("POST, rate limited", "/deploy", "/hooks/unknown", True, is_limited=True),
+    # The peer has no rate limit: it refuses the same requests for their signature.
+    Case("POST, rate limited", "/deploy", "/hooks/deploy", True, is_limited=True),
 )
 LOADS = (("keep-alive, 8", 8, False), ("keep-alive, 64", 64, False), ("one request each, 8", 8, True))
 
