@@ -5233,6 +5233,7 @@ _PATTERN_ROUTES = tuple(route for route in ROUTES if "{" in route.pattern)
 MAX_REQUEST_LINE_BYTES = 8 << 10
 MAX_HEAD_BYTES = 16 << 10
 MAX_HEADERS = 100
+_MAX_CHUNK_LINE_BYTES = 1024
 # How long a kept-alive connection may be idle: clients reconnect at little cost.
 _IDLE_TIMEOUT_S = 30.0
 _LINGER_S = 1.0
@@ -5255,6 +5256,8 @@ _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 _FIRST_BYTES = re.compile(rf"{_TOKEN}|\r".encode())
 _REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([!-~]+) HTTP/(\d)\.(\d)", re.ASCII)
 _HEADER_NAME = re.compile(rf"{_TOKEN}+", re.ASCII)
+# RFC 9112, 3.2: a host and a port, or nothing. No comma: that is how two of them would be joined.
+_HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
 _HEADER_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
 _BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)|\x00")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
@@ -5299,8 +5302,8 @@ def parse_head(head: bytes) -> _Head:
                 raise HookshotError("bad_request", f"the header {clip(name, 40)} appears more than once")
             value = f"{headers[name]},{value}"
         headers[name] = value
-    if is_http_1_1 and "host" not in headers:
-        raise HookshotError("bad_request", "the Host header is missing")
+    if (is_http_1_1 and "host" not in headers) or not _HOST.fullmatch(headers.get("host", "")):
+        raise HookshotError("bad_request", "the Host header is missing or malformed")
     given_id, options = headers.get("x-request-id", ""), headers.get("connection", "").lower().split(",")
     wants_close = not is_http_1_1 or "close" in [option.strip() for option in options]
     return _Head(method, path, query, headers, is_http_1_1, wants_close, given_id if REQUEST_ID.fullmatch(given_id) else None)
@@ -5454,7 +5457,7 @@ class _Connection:
         self._link, self._is_tls = link, False
         self._buffer, self._unsent = b"", b""
         self._held_bytes = 0
-        self._is_in_request = self._has_tried = self._closes = False
+        self._is_in_request = self._may_skip = self._has_tried = self._closes = False
         self._waits_for, self._watches = _AGAIN, 0
         self._job: tuple[Route, Request, _Head, Fields] | None = None
         self._conversation: _Conversation = self._converse()
@@ -5614,7 +5617,8 @@ class _Connection:
             if not self._buffer:
                 return False
         self.deadline = time.monotonic() + server.request_timeout
-        self._is_in_request = True
+        self._is_in_request = self._may_skip = True
+        self._skip_empty_line()
         head, request, response, extra = _NO_HEAD, None, None, ()
         try:
             if (end := self._find_head_end()) < 0:
@@ -5659,10 +5663,13 @@ class _Connection:
             raise _Hangup
         self._buffer += block
 
+    def _skip_empty_line(self) -> None:
+        """Pass over one empty line before a request (RFC 9112, 2.2), however its bytes come."""
+        if self._may_skip and self._buffer[:2] == b"\r\n":
+            self._buffer, self._may_skip = self._buffer[2:], False
+
     def _find_head_end(self) -> int:
-        """Return where a complete head of the right size ends, else -1. One empty line before it is passed over (RFC 9112, 2.2)."""
-        if self._buffer[:2] == b"\r\n":
-            self._buffer = self._buffer[2:]
+        """Return where a complete head of the right size ends, else -1."""
         end = self._buffer.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
         return end if self._buffer.find(b"\n", 0, MAX_REQUEST_LINE_BYTES) >= 0 else -1
 
@@ -5677,7 +5684,7 @@ class _Connection:
             if len(self._buffer) >= MAX_REQUEST_LINE_BYTES:
                 raise HookshotError("uri_too_long", f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
             yield from self._receive()
-            self._buffer = self._buffer.removeprefix(b"\r\n")
+            self._skip_empty_line()
         # Judged before more is awaited: HTTP/0.9, the HTTP/2 preface and noise are answered at once.
         parse_request_line(self._buffer[: self._buffer.index(b"\n")].removesuffix(b"\r").decode("latin-1"))
         while (end := self._buffer.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)) < 0:
@@ -5726,9 +5733,9 @@ class _Connection:
         self._held_bytes = 0
 
     def _read_line(self) -> "Generator[str, bytes, bytes]":
-        while (end := self._buffer.find(b"\r\n")) < 0:
-            if len(self._buffer) > 1024:
-                raise HookshotError("bad_request", "a chunk's header is too long")
+        while (end := self._buffer.find(b"\r\n", 0, _MAX_CHUNK_LINE_BYTES)) < 0:
+            if len(self._buffer) >= _MAX_CHUNK_LINE_BYTES:
+                raise HookshotError("bad_request", "a chunk's header or a trailer is too long")
             yield from self._receive()
         line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
         return line

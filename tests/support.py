@@ -124,6 +124,8 @@ class Host:
         self.port = 0
         # Where the server listens, as its log says.
         self.urls: list[str] = []
+        # An ssl.SSLContext: request() and what builds on it then speak https.
+        self.tls: Any = None
         self.write(services, config)
         self.secrets.write_text(f"hmac_key={key}\n{secrets}")
         self.secrets.chmod(0o600)
@@ -178,7 +180,8 @@ class Host:
     # --- talking to it
 
     def request(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)) as link:
+        with contextlib.closing(http.client.HTTPSConnection("127.0.0.1", self.port, timeout=PATIENCE_S, context=self.tls) if self.tls
+                                else http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)) as link:
             link.request(method, path, body, headers or {})
             return Answer(link.getresponse())
 

@@ -482,3 +482,142 @@ def test_the_demo_stays_until_it_is_interrupted(public_folder):
     process.send_signal(signal.SIGINT)
     assert process.wait(support.PATIENCE_S) == 0
     process.communicate()
+
+
+# --- over TLS
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    return support.make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+def tls_host(folder, certificates, *, client_ca: bool = False, address: str = "127.0.0.1:0") -> Host:
+    asks = f'client_ca = "{certificates.ca}"\n' if client_ca else ""
+    return Host(folder, service('["echo", "hello"]'), f'[server]\nlisten = "{address}"\n[server.tls]\n'
+                f'cert = "{certificates.server}"\nkey = "{certificates.server_key}"\n{asks}')
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory, certificates):
+    """The URL of a server that speaks TLS, under the name that its certificate has."""
+    with contextlib.closing(tls_host(tmp_path_factory.mktemp("secure"), certificates).start()) as host:
+        yield f"https://localhost:{host.port}"
+
+
+@pytest.fixture(scope="module")
+def mutual(tmp_path_factory, certificates):
+    """The same of one that asks for client certificates."""
+    with contextlib.closing(tls_host(tmp_path_factory.mktemp("mutual"), certificates, client_ca=True).start()) as host:
+        yield f"https://localhost:{host.port}"
+
+
+def test_the_client_deploys_follows_and_reads_over_tls(secure, certificates):
+    trust = ("--url", secure, "--ca", certificates.ca)
+    done = run("deploy", "web", "app:1", "--id", "over-tls", *trust, env={"HOOKSHOT_HMAC_KEY": KEY})
+    assert done.returncode == 0 and "hello" in done.stdout and "Succeeded" in done.stderr
+    assert "over-tls" in run("status", "over-tls", *trust).stdout and "hello" in run("logs", "over-tls", *trust).stdout
+    assert run("services", *trust).stdout.splitlines()[1].startswith("web ")
+    assert run("services", env={"HOOKSHOT_URL": secure, "HOOKSHOT_CA": str(certificates.ca)}).returncode == 0
+    assert run("services", *trust, env={"HOOKSHOT_CA": str(certificates.other_ca)}).returncode == 0
+
+
+@pytest.mark.parametrize("ca, name", [(None, "localhost"), ("other_ca", "localhost"), ("client", "localhost"), ("ca", "127.0.0.2")])
+def test_a_certificate_that_is_not_trusted_is_told_with_69(secure, certificates, ca, name):
+    url = secure.replace("localhost", name)
+    # The server listens on 127.0.0.1 alone: 127.0.0.2 is made to lead there by a relay.
+    with relay(name, int(secure.rpartition(":")[2])) if name != "localhost" else contextlib.nullcontext(url) as url:
+        done = run("deploy", "web", "app:1", "--id", "untrusted", "--url", url, *(("--ca", getattr(certificates, ca)) if ca else ()),
+                   env={"HOOKSHOT_HMAC_KEY": KEY})
+    assert done.returncode == 69 and done.stdout == "" and is_one_sentence(done.stderr)
+    assert url in done.stderr and "certificate" in done.stderr and "not trusted" in done.stderr
+    assert run("status", "untrusted", "--url", secure, "--ca", certificates.ca).returncode == 65
+
+
+@contextlib.contextmanager
+def relay(name: str, port: int):
+    """Give a URL at another address, whose first connection is passed on to a local port."""
+    with socket.create_server((name, 0)) as server:
+        def carry():
+            with contextlib.suppress(OSError):
+                link, _ = server.accept()
+                with link, socket.create_connection(("127.0.0.1", port)) as other:
+                    ends = {link: other, other: link}
+                    while True:
+                        for end in select.select(list(ends), [], [])[0]:
+                            block = end.recv(1 << 16)
+                            if not block:
+                                return
+                            ends[end].sendall(block)
+
+        threading.Thread(target=carry, daemon=True).start()
+        yield f"https://{name}:{server.getsockname()[1]}"
+
+
+def test_http_to_a_tls_port_and_https_to_a_plain_one_are_told_in_one_sentence(secure, host):
+    for url in (secure.replace("https", "http"), f"https://127.0.0.1:{host.port}"):
+        done = run("services", "--url", url)
+        assert done.returncode in (65, 69) and is_one_sentence(done.stderr) and url in done.stderr
+    assert "https" in run("services", "--url", secure.replace("https", "http")).stderr
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
+def test_the_servers_own_configuration_pins_its_certificate_for_any_name(tmp_path, certificates, address):
+    host = tls_host(tmp_path, certificates, address=f"{address}:{support.free_port()}")
+    with contextlib.closing(host.start()):
+        done = run("-c", host.config, "deploy", "web", "app:1")
+        assert done.returncode == 0 and "hello" in done.stdout
+        assert run("-c", host.config, "services").returncode == 0
+        # Another server with another certificate of the same authority at this address is not it.
+        host.config.write_text(host.config.read_text().replace(str(certificates.server), str(certificates.renewed))
+                               .replace(str(certificates.server_key), str(certificates.renewed_key)))
+        done = run("-c", host.config, "services")
+        assert done.returncode == 69 and is_one_sentence(done.stderr) and "certificate" in done.stderr
+
+
+def test_a_chain_in_the_servers_file_pins_its_own_certificate_alone(tmp_path, certificates):
+    """The file of a server has its issuer's certificate too; what else that one issued is not this server."""
+    ours, theirs = tmp_path / "ours.pem", tmp_path / "theirs.pem"
+    ours.write_text(certificates.server.read_text() + certificates.ca.read_text())
+    theirs.write_text(certificates.renewed.read_text() + certificates.ca.read_text())
+    host = tls_host(tmp_path, certificates._replace(server=ours), address=f"127.0.0.1:{support.free_port()}")
+    with contextlib.closing(host.start()):
+        assert run("-c", host.config, "services").returncode == 0
+        host.config.write_text(host.config.read_text().replace(str(ours), str(theirs))
+                               .replace(str(certificates.server_key), str(certificates.renewed_key)))
+        assert run("-c", host.config, "services").returncode == 69
+
+
+def test_a_client_certificate_lets_in(mutual, certificates):
+    both = tuple(map(str, ("--cert", certificates.client, "--cert-key", certificates.client_key)))
+    trust = ("--url", mutual, "--ca", certificates.ca)
+    assert run("deploy", "web", "app:1", *trust, *both, env={"HOOKSHOT_HMAC_KEY": KEY}).returncode == 0
+    named = {"HOOKSHOT_CERT": str(certificates.client), "HOOKSHOT_CERT_KEY": str(certificates.client_key)}
+    assert run("services", *trust, env=named).returncode == 0
+    joined = certificates.client.with_name("joined.pem")
+    joined.write_text(certificates.client.read_text() + certificates.client_key.read_text())
+    assert run("services", *trust, "--cert", joined).returncode == 0
+
+
+@pytest.mark.parametrize("names", [(), ("other_client", "other_client_key")])
+def test_without_the_right_client_certificate_the_sentence_says_so(mutual, certificates, names):
+    given = [word for flag, name in zip(("--cert", "--cert-key"), names) for word in (flag, getattr(certificates, name))]
+    for _ in range(5):
+        done = run("deploy", "web", "app:1", "--id", "uninvited", "--url", mutual, "--ca", certificates.ca, *given,
+                   env={"HOOKSHOT_HMAC_KEY": KEY})
+        assert done.returncode == 69 and done.stdout == "" and is_one_sentence(done.stderr)
+        assert "certificate" in done.stderr or "unknown ca" in done.stderr
+    done = run("status", "uninvited", "--url", mutual, "--ca", certificates.ca, "--cert", certificates.client,
+               "--cert-key", certificates.client_key)
+    assert done.returncode == 65
+
+
+@pytest.mark.parametrize("flags", [
+    {"--ca": "/nonexistent/ca.pem"}, {"--ca": "garbage"}, {"--ca": "client_key"}, {"--ca": "ca", "--cert": "/nonexistent/cert.pem"},
+    {"--ca": "ca", "--cert": "client"}, {"--ca": "ca", "--cert": "client", "--cert-key": "server_key"},
+    {"--ca": "ca", "--cert": "server", "--cert-key": "locked_key"}, {"--ca": "ca", "--cert": "client", "--cert-key": "garbage"}])
+def test_a_bad_file_is_one_sentence_and_exit_78(secure, certificates, flags):
+    given = [word for flag, name in flags.items() for word in (flag, getattr(certificates, name, name))]
+    for args in (("services",), ("deploy", "web", "app:1")):
+        done = run(*args, "--url", secure, *given, env={"HOOKSHOT_HMAC_KEY": KEY})
+        assert done.returncode == 78 and done.stdout == "" and is_one_sentence(done.stderr)
+        assert str(given[-1]) in done.stderr

@@ -3,6 +3,11 @@
 
 import contextlib
 import json
+import os
+import pathlib
+import re
+import resource
+import select
 import socket
 import time
 
@@ -50,8 +55,9 @@ def host(tmp_path_factory):
 @pytest.fixture
 def unharmed(host):
     """Give the host, and see afterwards that nothing ran and that it still answers."""
+    before = host.get("/deployments").json["deployments"]
     yield host
-    assert host.get("/deployments").json["deployments"] == []
+    assert host.get("/deployments").json["deployments"] == before
     assert host.get("/ready").status == 200
 
 
@@ -69,9 +75,50 @@ def split(answers: bytes) -> list[tuple[int, dict[str, str], bytes]]:
 
 
 @contextlib.contextmanager
-def connected(host):
-    with socket.create_connection(("127.0.0.1", host.port), support.PATIENCE_S) as link:
+def connected(host, source="127.0.0.1", port=0):
+    with socket.create_connection(("127.0.0.1", port or host.port), support.PATIENCE_S, (source, 0)) as link:
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield link
+
+
+def exchange(host, content: bytes, source="127.0.0.1") -> bytes:
+    """Send bytes from an address and return everything until the server closes."""
+    with connected(host, source) as link:
+        link.sendall(content)
+        return read_to_end(link)
+
+
+def read_answer(link: socket.socket) -> bytes:
+    """Return one answer with a Content-Length, and leave what follows it."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += link.recv(1) or pytest.fail(f"the connection ended in {head!r}")
+    body, size = b"", int(split(head)[0][1].get("content-length", 0))
+    while len(body) < size:
+        body += link.recv(size - len(body)) or pytest.fail("the connection ended in a body")
+    return head + body
+
+
+def cpu_seconds(host) -> float:
+    """Return the CPU time that the server has used."""
+    fields = pathlib.Path(f"/proc/{host.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def status_field(host, name: str) -> int:
+    """Return a number of /proc/PID/status: Threads, or VmHWM and the like in KB."""
+    return int(re.search(rf"^{name}:\s+(\d+)", pathlib.Path(f"/proc/{host.process.pid}/status").read_text(), re.MULTILINE)[1])
+
+
+def descriptors(host) -> int:
+    return len(os.listdir(f"/proc/{host.process.pid}/fd"))
+
+
+def is_held(host, link: socket.socket) -> bool:
+    """Return whether the server still has its end of an IPv4 connection open (after close() the kernel's is nobody's)."""
+    ends = [f":{host.port:04X}", f":{link.getsockname()[1]:04X}"]
+    rows = (line.split() for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return any([row[1][8:], row[2][8:]] == ends and row[9] != "0" for row in rows)
 
 
 def read_to_end(link: socket.socket) -> bytes:
@@ -159,6 +206,150 @@ ABUSES = {
 }
 
 
+def shown(text: bytes) -> str:
+    """Return bytes as part of a test's name."""
+    return ascii(clip_middle(text))[1:]
+
+
+def clip_middle(text: bytes) -> bytes:
+    return text if len(text) <= 40 else text[:20] + b"..." + text[-10:]
+
+
+def family(name: str, status: int, texts, make) -> dict[str, tuple[bytes, int]]:
+    """Return one abuse for each text, which `make` puts in its place."""
+    return {f"{name} {shown(text)}": (make(text), status) for text in texts}
+
+
+def with_method(method: bytes) -> bytes:
+    return method + get()[3:]
+
+
+def with_header(line: bytes) -> bytes:
+    return get(b"/ready", line + b"\r\n")
+
+
+def with_length(value: bytes) -> bytes:
+    return post(b"Content-Length: " + value + b"\r\n")
+
+
+def with_coding(value: bytes) -> bytes:
+    return post(b"Transfer-Encoding: " + value + b"\r\n", body=chunked(BODY))
+
+
+def with_chunk_size(size: bytes) -> bytes:
+    return post(CHUNKED, body=size + b"\r\nhello\r\n0\r\n\r\n")
+
+
+def with_trailers(lines: bytes) -> bytes:
+    return post(CHUNKED, body=chunked(BODY, end=b"0\r\n" + lines + b"\r\n\r\n"))
+
+
+def bytes_of(*codes: int) -> list[bytes]:
+    return [bytes([code]) for code in codes]
+
+
+CONTROLS = bytes_of(*range(0x09), 0x0A, *range(0x0B, 0x20), 0x7F)
+SENT_ONCE = ("Host", "Content-Length", "Transfer-Encoding", "Content-Type", "Content-Encoding", "Authorization", "Expect", "User-Agent",
+             "X-Request-ID",
+             "X-Hub-Signature-256", "Idempotency-Key", "Webhook-Id", "Webhook-Timestamp", "Webhook-Signature", "Origin", "Sec-Fetch-Site",
+             "Last-Event-ID", "X-Forwarded-Host", "X-Real-IP", "Anything")
+ABUSES |= {
+    **family("method", 400, [b"G ET", b"GE\tT", b"GET\x00", b"\x00GET", b"G\rET", b"G\nET", b"\nGET", b"\rGET", b"\tGET", b"GET\x7f",
+        "GÄT".encode(), b"\xffGET", b"GET,", b"GET:", b"GET;", b"G/T", b"G\\T", b"G(T", b"G)T", b"G<T", b"G>T", b"G=T", b"G?T", b"G[T",
+        b"G]T", b"G{T", b"G}T", b'"GET"', b"X" * 33, b"X" * 400, b"\r\n\r\nGET", b"\r\n\nGET", b"\r\n\rGET", b"\r\n GET"], with_method),
+    **family("version", 400, [b"", b"HTTP", b"HTTP/", b"HTTP/1", b"HTTP/1.", b"HTTP/.1", b"HTTP/11", b"HTTP/1,1", b"HTTP/+1.1",
+        b"HTTP/-1.1", b"HTTP/01.1", b"HTTP/1.01", b"HTTP/1.1.1", b"HTTP/1.1x", b"HTTP/x.1", b"HTTP/0x1.1", b"HTTP/ 1.1", b"HTTP /1.1",
+        b"HTTPS/1.1", b"HTP/1.1", b"Http/1.1", b"hTTP/1.1", b"ICY/1.1", b"RTSP/1.0", b"SIP/2.0", b"HTTP\\1.1", b"HTTP/1.1\t",
+        b"HTTP/1.1\x00", b"HTTP/1.1\r", b"HTTP/1.1 HTTP/1.1", b"\tHTTP/1.1", b"HTTP/1.\xb9", "HTTP/١.١".encode(), "HTTP/１.１".encode()],
+        lambda version: get(version=version)),
+    **family("version", 505, [b"HTTP/%d.%d" % version for version in ((0, 0), (0, 9), (1, 2), (1, 9), (2, 0), (2, 1), (3, 0), (9, 9))],
+        lambda version: get(version=version)),
+    **family("target", 400, [b"", b"ready", b"*", b"?", b"?a=b", b"#", b"http:/ready", b"https://127.0.0.1/ready",
+        b"HTTP://127.0.0.1/ready", b"http://", b"ftp://127.0.0.1/ready", b"127.0.0.1:80", b"127.0.0.1/ready", b"//", b"///", b"//ready",
+        b"//ready?a=b", b"/\\evil.example", b"\\ready", b"/status\\x", b"/ready#", b"/#/ready", b"/ready?a#b", b"/ready?#", b"/.", b"/..",
+        b"/./", b"/../", b"/./ready", b"/../ready", b"/ready/.", b"/ready/..", b"/status/./x", b"/status/..", b"/a/b/../../ready", b"/%2e",
+        b"/%2E", b"/%2e%2E/ready", b"/.%2e/ready", b"/%2e./ready", b"/status/%2e%2e", b"/status%2Fx", b"/%2f", b"/%2F%2Fready",
+        b"/status%5Cx", b"/%5c..%5c", b"/%00", b"/ready%00.html", b"/%", b"/%2", b"/%2/", b"/%g0", b"/%0g", b"/%-1", b"/% 20", b"/%u0041",
+        b"/%%32e", b"/%c0%ae%c0%ae/ready", b"/%c0%af", b"/%e0%80%af", b"/%ed%a0%80", b"/%f5%80%80%80", b"/%ff", b"/%80", b"/%c3", b"/%0a",
+        b"/%0d", b"/%0D%0A", b"/%09", b"/%1b[31m", b"/%7f", b"/%c2%85", b"/%c2%a0x%e2%80%a8", b"/%e2%80%ae", b"/%ef%bb%bfready", b"/\x7f",
+        b"/\x80", b"/\xff", b"/\xc3\xa4", b"/ready\x00", b"/ready\t", b"/ready\x0b", b"/ready\x1b", b"/ready now", b" /ready", b"/ready ",
+        b"/ready\r", b"/ready\n", b"/ready?a=1&a=2", b"/ready?a&a", b"/ready?a=&%61=", b"/ready?a=%ff", b"/ready?%ff=a",
+        b"/ready?a=\xc3\xa4", b"/ready?a b", b"/ready?a=b HTTP/1.1", b"/ready?" + b"&".join(b"a%d" % number for number in range(21))], get),
+    **family("header", 400, [b"A" + bad + b"B: x" for bad in (*CONTROLS, *(bytes([char]) for char in b' \t"(),/;<=>?@[\\]{}'), b"\x80",
+        b"\xff", b"\xc3\xa4")], with_header),
+    **family("header value", 400, [b"A: x" + bad + b"y" for bad in CONTROLS], with_header),
+    **family("header line", 400, [b" ", b"\t", b"x", b":", b" :", b" A: x", b"\tA: x", b"A : x", b"A\t: x", b"A", b"A x", b"A\r", b"A: x\r",
+        b"A: x\n", b"A: x\r\r", b"A: x\n ", b"A: x\r\n ", b"A: x\r\n\t", b"A: x\r\n\ty", b"A: x\r\n y: z", b"A: x\n\ty", b"GET / HTTP/1.1",
+        b"Content-Length\x00: 5", b"Transfer-Encoding\x0b: chunked", b"Transfer-Encoding : chunked", b"Content-Length: 5\nX: y",
+        b"A: b\nHost: evil.example", b"A: b\rHost: evil.example", b"A: b\n\nGET /services HTTP/1.1", b"A: b\n\r\nGET /services HTTP/1.1"],
+        with_header),
+    **family("host", 400, [b"Host: " + value for value in (b"a b", b"a/b", b"user@127.0.0.1", b"127.0.0.1,evil.example", b"127.0.0.1:80:80",
+        b"127.0.0.1:x", b"a?b", b"a#b", b"a\\b", b"[::1", b"::1", b"<a>", b'"a"', b"\xe4")],
+        lambda line: b"GET /ready HTTP/1.1\r\n" + line + b"\r\n\r\n"),
+    **family("twice", 400, [f"{name}: 1\r\n{name.swapcase()}: 1".encode() for name in SENT_ONCE if name != "Host"], with_header),
+    **family("twice", 400, [b"Host: 127.0.0.1", b"host: 127.0.0.1", b"HOST:127.0.0.1", b"Host:"], with_header),
+    "first line folded": (b"GET /ready HTTP/1.1\r\n " + HOST + HOST + b"\r\n", 400),
+    "POST without host": (post(length()).replace(HOST, b""), 400),
+    "host in the trailers only": (post(CHUNKED, body=chunked(BODY, end=b"0\r\nHost: 127.0.0.1\r\n\r\n")).replace(HOST, b"", 1), 400),
+    "nothing but line ends": (b"\r\n" * 20, 400),
+    "CONNECT": (b"CONNECT /ready:80 HTTP/1.1\r\n\r\n", 400),
+    "HTTP/0.9": (b"GET /ready\r\n", 400),
+    "HTTP/0.9 POST": (b"POST /deploy\r\n" + BODY, 400),
+    "SSH": (b"SSH-2.0-OpenSSH_9.2p1\r\n", 400),
+    "SMTP": (b"EHLO evil.example\r\nMAIL FROM:<a@evil.example>\r\n", 400),
+    "an answer": (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 400),
+    "PROXY protocol": (b"PROXY TCP4 10.0.0.1 10.0.0.2 1 2\r\n" + get(), 400),
+    "PROXY protocol 2": (b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" + bytes(12) + get(), 400),
+    "SOCKS": (b"\x05\x01\x00", 400),
+    "noise": (bytes(range(128, 256)), 400),
+    "NULs": (bytes(300), 400),
+    "byte order mark": (b"\xef\xbb\xbf" + get(), 400),
+    "UTF-16": (get().decode().encode("utf-16"), 400),
+    **family("length", 400, [b"", b" ", b"\t", b"-", b"+", b"-0", b"+0", b"--5", b"5-", b"5 5", b"5\t5", b"5,5", b"5, 6", b",5", b"5,",
+        b"5;", b"5;a=b", b"5.0", b".5", b"5e1", b"0x5", b"0X5", b"0b1", b"0o5", b"5h", b"1_0", b"_5", b"5_", b'"5"', b"'5'", b"five",
+        b"NaN", b"inf", b"\xb2", b"\xb9\xb2", "٥".encode(), "５".encode(), b"0" * 20, b"0" * 19 + b"5", b"1" * 20, b"9" * 400, b"5\x0b",
+        b"\x0c5", b"5\x00", b"5\x7f", b"5\r", b"%d\xa0" % len(BODY), b"\x85%d" % len(BODY), b"%d chunked" % len(BODY), b"(5)", b"$5",
+        b"5/6"], with_length),
+    **family("length", 413, [b"%d" % size for size in (LIMIT + 1, 1 << 20, 1 << 31, (1 << 31) - 1, 1 << 32, (1 << 32) + 5, (1 << 63) - 1,
+        10**19 - 1)] + [b"0" * 10 + b"%d" % (LIMIT + 1)], with_length),
+    **family("length of a GET", 400, [b"-1", b"x", b"5, 5", b""], lambda value: get(b"/ready", b"Content-Length: " + value + b"\r\n")),
+    "GET with a large body": (get(b"/ready", b"Content-Length: %d\r\n" % (LIMIT + 1)), 413),
+    "GET with both": (get(b"/ready", length(), CHUNKED), 400),
+    "HTTP/1.0 with a bad length": (get(b"/ready", b"Content-Length: -1\r\n", version=b"HTTP/1.0"), 400),
+    **family("no length", 411, [b"POST", b"PUT", b"PATCH"], lambda method: method + post(body=b"")[4:]),
+    **family("coding", 501, [b"", b"identity", b"gzip", b"deflate", b"compress", b"br", b"trailers", b"chunk", b"chunkedx", b"x-chunked",
+        b"gzip, chunked", b"chunked, gzip", b"chunked, chunked", b"chunked,chunked", b"chunked,", b",chunked", b"chunked, identity",
+        b"identity, chunked", b"chunked;q=1", b"chunked; a=b", b"chunked chunked", b"'chunked'", b'"chunked"', b"(chunked)", b"\xa0chunked",
+        b"chunked\xa0", b"\x85chunked", b"chun\xadked", "сhunked".encode(), "ＣＨＵＮＫＥＤ".encode(), b"chunKed".replace(b"K",
+        "\u212a".encode())], with_coding),
+    **family("coding", 400, [b"\x0bchunked", b"chunked\x0b", b"\x0cchunked", b"chunked\x00", b"\x00", b"chunked\r", b"chun\nked",
+        b"chunked\x7f", b"\x1fchunked"], with_coding),
+    "both, chunked in capitals": (post(length(), b"TRANSFER-ENCODING: CHUNKED\r\n", body=chunked(BODY)), 400),
+    "both, identity": (post(length(), b"Transfer-Encoding: identity\r\n"), 400),
+    "both, length 0": (post(b"Content-Length: 0\r\n", CHUNKED, body=chunked(BODY)), 400),
+    "both, bad length": (post(b"Content-Length: x\r\n", CHUNKED, body=chunked(BODY)), 400),
+    "gzip in 1.0": (post(b"Transfer-Encoding: gzip\r\n").replace(b"HTTP/1.1", b"HTTP/1.0"), 400),
+    **family("chunk", 400, [b"", b" ", b" 5", b"\t5", b"+5", b"-5", b"--5", b"0x5", b"5h", b"5x", b"g", b"z", b"5 5", b"5,5", b"5.", b"5=x",
+        b"5:x", b"1_0", b'"5"', b"\xb2", "٥".encode(), "５".encode(), b"5\x00", b"\x005", b"5\x0b", b"5\x0c", b"5\r", b"\r5", b"5\n", b"\n5",
+        b"5;a\r", b"5;a\n", b"5;a\nb", b"00000000a", b"fffffffff", b"ffffffffffffffff", b"10000000000000005", b"5" + b" " * 1100,
+        b"5;" + b"x" * 1100], with_chunk_size),
+    **family("chunk", 413, [b"401", b"00000401", b"7fffffff", b"80000000", b"FFFFFFFF", b"fffffffe;a=b", b"400"], lambda size: post(
+        CHUNKED, body=b"1\r\nx\r\n" + size + b"\r\n")),
+    **family("chunk's end", 400, [b"", b"\r", b"\n", b"\n\n", b"\r\r", b"\n\r", b"\r\x00", b"  ", b"x\r\n", b"\x00\r\n"],
+        lambda end: post(CHUNKED, body=b"5\r\nhello" + end + b"0\r\n\r\n0\r\n\r\n")),
+    **family("last chunk", 400, [b"0\n\n", b"0\r\r", b"0\r\n\n", b"-0\r\n\r\n", b"0x0\r\n\r\n", b"000000000\r\n\r\n"],
+        lambda end: post(CHUNKED, body=chunked(BODY, end=end + b"\r\n"))),
+    **family("trailer", 400, [b"a", b"a b", b": b", b" a: b", b"\ta: b", b"a : b", b"a: b\r\n c", b"a: b\r\n\tc", b"a: b\nc: d",
+        b"a: b\rc: d", b"a\x00: b", b"a: \x00b", b"a: \x7f", b"a: \x1b[0m", b"a(b): c", b"\xe4: b", b"\r", b"\n",
+        b"a: b\r\n" * 100 + b"c: d", b"a: " + b"x" * 3000], with_trailers),
+    **family("expectation", 417, [b"100", b"continue", b"200-ok", b"100-continue, 100-continue", b"100-continue,", b"100-continue;a=b",
+        b"100-continue x", b'"100-continue"', b"x100-continue", b"100_continue", b"\xa0100-continue"], lambda value: post(length(),
+        b"Expect: " + value + b"\r\n")),
+    **family("expectation", 400, [b"100-continue\x00", b"100-\rcontinue", b"100-\ncontinue"], lambda value: post(length(),
+        b"Expect: " + value + b"\r\n")),
+}
+
+
 @pytest.mark.parametrize("content, status", ABUSES.values(), ids=ABUSES)
 def test_an_ambiguous_request_is_refused_once_and_the_connection_closed(unharmed, content, status):
     [(found, headers, body)] = split(unharmed.raw(content + SMUGGLED))
@@ -166,6 +357,63 @@ def test_an_ambiguous_request_is_refused_once_and_the_connection_closed(unharmed
     problem = json.loads(body)
     assert problem["status"] == status and problem["request_id"] == headers["x-request-id"]
     assert "server" not in headers or headers["server"] == "hookshot"
+
+
+def feed(host, *pieces: bytes) -> bytes:
+    """Send each piece after the server had time to read the one before, and return everything until the server closes."""
+    with connected(host) as link, connected(host) as witness:
+        for number, piece in enumerate(pieces):
+            if number:
+                # One thread reads all connections in turn: what came before this answer was asked for has been read.
+                witness.sendall(get())
+                assert read_answer(witness).startswith(b"HTTP/1.1 200 ")
+            link.sendall(piece)
+        return read_to_end(link)
+
+
+def awkward_places(content: bytes) -> list[int]:
+    """Return where to cut a request: inside its first and its last line end, inside the blank line, in the middle."""
+    places = {content.find(b"\r") + 1, content.rfind(b"\r") + 1, content.find(b"\r\n\r\n") + 3, len(content) // 2}
+    return sorted(place for place in places if 0 < place < len(content))
+
+
+@pytest.mark.parametrize("content, status", ABUSES.values(), ids=ABUSES)
+def test_an_ambiguous_request_is_refused_wherever_its_segments_end(unharmed, content, status):
+    for place in awkward_places(content):
+        answers = split(feed(unharmed, content[:place], content[place:] + SMUGGLED))
+        assert [(found, headers["connection"]) for found, headers, _ in answers] == [(status, "close")], content[:place]
+
+
+SHORT = {name: case for name, case in ABUSES.items() if len(case[0]) < 400}
+
+
+@pytest.mark.parametrize("name", list(SHORT)[::6])
+def test_an_ambiguous_request_is_refused_byte_by_byte(unharmed, name):
+    content, status = SHORT[name]
+    with connected(unharmed) as link:
+        for byte in content + SMUGGLED:
+            link.sendall(bytes([byte]))
+        answers = split(read_to_end(link))
+    assert [(found, headers["connection"]) for found, headers, _ in answers] == [(status, "close")]
+
+
+@pytest.mark.parametrize("content, status", [
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400), (b"\x16", 400), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    (b"PRI * HTTP/2.0\r\n", 505),
+    (b"GET /ready\r\n", 400), (b"GET\r\n", 400), (b"GET / HTTP/0.9\r\n", 505), (b"\x80\x2e\x01\x00\x02", 400), (b"\x00", 400),
+    (b"\x05\x01\x00", 400), (b"<?xml", 400),
+    (b"{}", 400), (b"x\n", 400), (b"GET /ready HTTP/1.1\n", 400), (b"GET /ready HTTP/1.1\r\nA: b\n", 400),
+    (b"GET /ready HTTP/1.1\r\nA\x00", 400),
+    (b"x" * hookshot.MAX_REQUEST_LINE_BYTES, 414), (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 4000, 431),
+    (post(length(), body=b"").replace(b"X-Hub", b"X-Hob"), 401), (post(CHUNKED, body=b"x\r\n"), 400),
+    (post(CHUNKED, body=b"401\r\n"), 413)])
+def test_what_cannot_become_right_is_refused_before_the_deadline(unharmed, content, status):
+    began = time.monotonic()
+    with connected(unharmed) as link:
+        link.sendall(content)
+        [(found, headers, _)] = split(read_to_end(link))
+    assert (found, headers["connection"]) == (status, "close")
+    assert time.monotonic() - began < 10  # request_timeout is 30
 
 
 def line_of(size: int) -> bytes:
@@ -212,6 +460,96 @@ def test_a_refusal_reaches_a_client_that_is_still_sending(unharmed):
     body = b"x" * 200_000
     [(status, _, _)] = split(unharmed.raw(post(length(body), body=body)))
     assert status == 413
+
+
+@pytest.mark.parametrize("lines, status", [
+    ((length(b"x" * 900_000),), 413), ((CHUNKED,), 413), ((b"Content-Length: x\r\n",), 400), ((b"Transfer-Encoding: gzip\r\n",), 501),
+    ((b"X-Hub-Signature-256: x\r\n",), 400)])
+def test_a_large_unread_body_does_not_reset_the_refusal_away(unharmed, lines, status):
+    body = chunked(b"x" * 900_000) if lines == (CHUNKED,) else b"x" * 900_000
+    with connected(unharmed) as link:
+        link.sendall(post(*lines, body=body))
+        [(found, headers, _)] = split(read_to_end(link))
+    assert (found, headers["connection"]) == (status, "close")
+
+
+def test_what_follows_a_last_request_does_not_reset_its_answer_away(unharmed):
+    for last in (get(b"/ready", CLOSE), b"GET /ready HTTP/1.0\r\n\r\n"):
+        with connected(unharmed) as link:
+            link.sendall(last + b"x" * 500_000)
+            assert [status for status, _, _ in split(read_to_end(link))] == [200]
+
+
+def test_tiny_chunks_keep_the_reading_thread_no_longer_than_large_ones(unharmed):
+    """Unsigned clients may send them: a megabyte of one-byte chunks must not cost the time of all others."""
+    with running(unharmed.folder / "tiny", service()) as host:
+        before = cpu_seconds(host)
+        with connected(host) as link, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            link.sendall(post(CHUNKED, CLOSE, body=b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n"))
+            assert split(read_to_end(link))[0][0] in (400, 401, 413)
+        assert host.get("/ready").status == 200 and cpu_seconds(host) - before < 3
+
+
+# --- the functions alone
+
+@pytest.mark.parametrize("line, method, path, query, is_http_1_1", [
+    ("GET / HTTP/1.1", "GET", "/", {}, True), ("get /ready HTTP/1.0", "get", "/ready", {}, False),
+    ("M-SEARCH /a HTTP/1.1", "M-SEARCH", "/a", {}, True),
+    ("GET /status/a%20b HTTP/1.1", "GET", "/status/a b", {}, True), ("GET /%c3%a4 HTTP/1.1", "GET", "/ä", {}, True),
+    ("GET /%252f HTTP/1.1", "GET", "/%2f", {}, True),
+    ("GET /%252e%252e HTTP/1.1", "GET", "/%2e%2e", {}, True), ("GET /.../..a HTTP/1.1", "GET", "/.../..a", {}, True),
+    ("GET /a//b HTTP/1.1", "GET", "/a//b", {}, True),
+    ("GET /a;b=c HTTP/1.1", "GET", "/a;b=c", {}, True), ("GET /a? HTTP/1.1", "GET", "/a", {}, True),
+    ("GET /a?b HTTP/1.1", "GET", "/a", {"b": ""}, True),
+    ("GET /a?b=c=d&e=/../x HTTP/1.1", "GET", "/a", {"b": "c=d", "e": "/../x"}, True), ("GET /a?b=%26%3d+x HTTP/1.1", "GET", "/a",
+        {"b": "&= x"}, True),
+    ("GET /a?b=http://c//d HTTP/1.1", "GET", "/a", {"b": "http://c//d"}, True), ("GET /a?b?c HTTP/1.1", "GET", "/a", {"b?c": ""}, True),
+    ("X" * 32 + " / HTTP/1.1", "X" * 32, "/", {}, True)])
+def test_a_request_line_has_these_parts(line, method, path, query, is_http_1_1):
+    assert hookshot.parse_request_line(line) == (method, path, query, is_http_1_1)
+
+
+@pytest.mark.parametrize("content, status", [case for name, case in ABUSES.items() if name.startswith(("method", "version", "target",
+    "header", "host", "twice"))])
+def test_a_head_that_is_refused_is_refused_by_parse_head_alone(content, status):
+    end = content.rfind(b"\r\n\r\n")
+    with pytest.raises(hookshot.HookshotError) as caught:
+        hookshot.parse_head(content[: end if end >= 0 else None])
+    assert caught.value.kind.http == status
+
+
+@pytest.mark.parametrize("lines, headers", [
+    ("A:b", {"a": "b"}), ("A: b", {"a": "b"}), ("A:\t b \t", {"a": "b"}), ("A:", {"a": ""}), ("A: b: c", {"a": "b: c"}),
+    ("a: x\ty", {"a": "x\ty"}), ("!#$%&'*+.^_`|~-9: x", {"!#$%&'*+.^_`|~-9": "x"}),
+    ("A: \xe4\xff", {"a": "\xe4\xff"}), ("A: \x80\x9f", {"a": "\x80\x9f"}), ("Accept: a\r\nACCEPT: b", {"accept": "a,b"}),
+    ("X-Forwarded-For: a\r\nx-forwarded-for: b, c", {"x-forwarded-for": "a,b, c"})])
+def test_header_lines_have_these_names_and_values(lines, headers):
+    head = hookshot.parse_head(f"GET / HTTP/1.1\r\nHost: h\r\n{lines}".encode("latin-1"))
+    assert head.headers == {"host": "h"} | headers
+
+
+@pytest.mark.parametrize("value", ["h", "h:80", "h:", "127.0.0.1:8080", "[::1]", "[::1]:80", "a-b.c_d.example", ""])
+def test_a_host_is_a_name_or_an_address_and_a_port(value):
+    assert hookshot.parse_head(f"GET / HTTP/1.1\r\nHost: {value}".encode()).headers["host"] == value
+
+
+@pytest.mark.parametrize("method, version, lines, expected", [
+    ("GET", 1, "", 0), ("HEAD", 1, "", 0), ("DELETE", 1, "", 0), ("POST", 1, "", 411), ("PUT", 1, "", 411), ("PATCH", 1, "", 411),
+    ("POST", 0, "", 411),
+    ("POST", 1, "Content-Length: 0", 0), ("POST", 1, "Content-Length: 7", 7), ("POST", 1, "Content-Length: 0007", 7),
+    ("GET", 1, "Content-Length: 7", 7), ("POST", 0, "Content-Length: 7", 7),
+    ("POST", 1, "Content-Length: 100", 100), ("POST", 1, "Content-Length: 101", 413), ("POST", 1, "Content-Length: 9999999999999999999",
+        413),
+    ("POST", 1, "Content-Length: 10000000000000000000", 400), ("POST", 1, "Transfer-Encoding: chunked", None),
+    ("GET", 1, "Transfer-Encoding: Chunked", None),
+    ("POST", 0, "Transfer-Encoding: chunked", 400), ("POST", 1, "Transfer-Encoding: chunked\r\nContent-Length: 5", 400),
+    ("POST", 1, "Transfer-Encoding:", 501)])
+def test_a_body_has_this_length_or_is_refused(method, version, lines, expected):
+    head = hookshot.parse_head(f"{method} / HTTP/1.{version}\r\nHost: h\r\n{lines}".rstrip().encode())
+    try:
+        assert hookshot.body_length(head, 100) == expected
+    except hookshot.HookshotError as error:
+        assert error.kind.http == expected
 
 
 # --- what is right
@@ -330,3 +668,488 @@ def test_connections_beyond_the_limit_are_told_so_and_places_come_back(narrow):
         assert (status, json.loads(body)["code"], headers["connection"]) == (503, "CONNECTION_LIMIT_EXCEEDED", "close")
         assert int(headers["retry-after"]) > 0
     wait_until(ready)
+
+
+# --- one connection, many requests
+
+WRONG = post(length()).replace(b"sha256=", b"sha256=00")
+UNSIGNED = post(length()).replace(b"X-Hub-", b"X-Hob-")
+
+
+def test_pipelined_requests_of_all_kinds_are_answered_in_order(unharmed):
+    """Answers of the reading thread do not overtake those of requests that have threads."""
+    kinds = [(get(b"/ready"), 200), (WRONG, 401), (get(b"/services"), 200), (UNSIGNED, 401), (get(b"/deployments?limit=1"), 200),
+             (get(b"/nothing"), 404),
+             (post(CHUNKED, body=chunked(b"x" * 100)), 401), (get(b"/status/none"), 404), (get(b"/deploy"), 405),
+             (post(length(b""), body=b""), 401), (get(b"/health"), 200),
+             (get(b"/deployments?limit=x"), 400), (b"\r\n" + get(b"/ready"), 200), (post(length()).replace(b"/deploy", b"/ready"), 405)] * 8
+    content = b"".join(request.replace(HOST, HOST + b"X-Request-ID: n%d\r\n" % number) for number, (request, _) in enumerate(kinds))
+    with connected(unharmed) as link:
+        link.sendall(content + get(b"/ready", CLOSE))
+        answers = split(read_to_end(link))
+    assert [(status, headers["x-request-id"]) for status, headers, _ in answers[:-1]] == [(status, f"n{number}") for number,
+        (_, status) in enumerate(kinds)]
+    assert answers[-1][0] == 200
+
+
+def test_pipelined_deploys_are_accepted_in_order(tmp_path):
+    with running(tmp_path, service()) as host:
+        def deploy(number: int) -> bytes:
+            body = json.dumps({"service": "web", "image": "app:1", "deploy_id": f"d{number}"}).encode()
+            return post(length(body), body=body).replace(SIGNED, b"X-Hub-Signature-256: " + hookshot.sign(host.key,
+                body).encode() + b"\r\n")
+
+        with connected(host) as link:
+            link.sendall(b"".join(deploy(number) + WRONG + get() for number in range(10)) + get(b"/deployments", CLOSE))
+            answers = split(read_to_end(link))
+        assert [status for status, _, _ in answers] == [202, 401, 200] * 10 + [200]
+        assert [json.loads(body)["deploy_id"] for _, _, body in answers[:-1:3]] == [f"d{number}" for number in range(10)]
+        assert {record["deploy_id"] for record in json.loads(answers[-1][2])["deployments"]} == {f"d{number}" for number in range(10)}
+
+
+@pytest.mark.parametrize("refused, status", [
+    (WRONG, 401), (UNSIGNED, 401), (post(length()).replace(b"/deploy", b"/nothing"), 404), (post(length()).replace(b"/deploy", b"/ready"),
+        405),
+    (post(length(b"x" * LIMIT), body=b"x" * LIMIT), 401), (post(length(b""), body=b""), 401), (post(CHUNKED, body=chunked(b"x")), 401),
+    (WRONG.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"), 401)])
+def test_a_refused_post_that_has_wholly_arrived_keeps_the_connection(unharmed, refused, status):
+    with connected(unharmed) as link:
+        for _ in range(3):
+            link.sendall(refused)
+            answer = read_answer(link)
+            if answer.startswith(b"HTTP/1.1 100 "):
+                answer = read_answer(link)
+            [(found, headers, _)] = split(answer)
+            assert found == status and "connection" not in headers
+        link.sendall(get(b"/ready", CLOSE))
+        assert [status for status, _, _ in split(read_to_end(link))] == [200]
+
+
+@pytest.mark.parametrize("refused, status", [
+    (UNSIGNED[:-1], 401), (UNSIGNED[: -len(BODY)], 401), (post(length()).replace(b"/deploy", b"/nothing")[:-1], 404),
+    (post(length()).replace(b"/deploy", b"/ready")[:-1], 405), (post(CHUNKED, body=b"").replace(b"X-Hub-", b"X-Hob-"), 401),
+    (post(CHUNKED, body=chunked(BODY)).replace(b"X-Hub-", b"X-Hob-"), 401)])
+def test_a_refused_post_whose_body_is_not_there_closes_the_connection(unharmed, refused, status):
+    with connected(unharmed) as link:
+        link.sendall(refused)
+        [(found, headers, _)] = split(read_to_end(link))
+    assert (found, headers["connection"]) == (status, "close")
+
+
+@pytest.mark.parametrize("requests, statuses", [
+    (get(), [200]), (get() * 3, [200] * 3), (get(b"/services"), [200]), (WRONG, [401]), (WRONG + get(b"/services") + get(b"/nothing"),
+        [401, 200, 404]),
+    (post(CHUNKED, body=chunked(b"x")), [401]), (b"GET /ready HTTP/1.0\r\n\r\n", [200]), (get() + b"GET /re", [200]),
+    (get() + b"\r\n", [200])])
+def test_a_client_that_has_closed_its_side_gets_its_answers(unharmed, requests, statuses):
+    with connected(unharmed) as link:
+        link.sendall(requests)
+        link.shutdown(socket.SHUT_WR)
+        assert [status for status, _, _ in split(read_to_end(link))] == statuses
+
+
+def test_a_deploy_of_a_client_that_has_closed_its_side_is_accepted_and_answered(tmp_path):
+    with running(tmp_path, service()) as host, connected(host) as link:
+        link.sendall(post(length()))
+        link.shutdown(socket.SHUT_WR)
+        [(status, _, body)] = split(read_to_end(link))
+        assert status == 202 and host.wait(json.loads(body)["deploy_id"])["status"] == "Succeeded"
+
+
+@pytest.mark.parametrize("start", [b"\r\n", b"\r", b""])
+def test_one_empty_line_before_a_request_is_passed_over(unharmed, start):
+    """RFC 9112, 2.2: some clients send one after a body."""
+    answers = feed(unharmed, start or b"\r\nGET", (b"\r\n" + get(b"/ready", CLOSE))[len(start or b"\r\nGET"):])
+    assert [status for status, _, _ in split(answers)] == [200]
+
+
+# --- expectations
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    """A server for 127.0.0.0 to 127.0.0.7, where each address has three requests."""
+    with running(tmp_path_factory.mktemp("gated"), service(), f"[server]\nmax_request_size = {LIMIT}\n[security]\n"
+                 'allowed_ips = ["127.0.0.0/29"]\nrate_limit = 3\n') as host:
+        yield host
+
+
+EXPECTING = b"Expect: 100-continue\r\n"
+
+
+@pytest.mark.parametrize("content, source, earlier, status", [
+    (post(length(), EXPECTING, body=b""), "127.0.0.9", 0, 403), (post(CHUNKED, EXPECTING, body=b""), "127.0.0.9", 0, 403),
+    (post(length(), EXPECTING, body=b""), "127.0.0.2", 3, 429), (post(length(), EXPECTING, body=b"").replace(b"/deploy", b"/nothing"),
+                                                                 "127.0.0.3", 0, 404),
+    (post(length(), EXPECTING, body=b"").replace(b"/deploy", b"/services"), "127.0.0.3", 0, 405),
+    (post(length(), EXPECTING, body=b"").replace(b"X-Hub-", b"X-Hob-"), "127.0.0.3", 0, 401),
+    (post(b"Content-Length: %d\r\n" % (LIMIT + 1), EXPECTING, body=b""), "127.0.0.4", 0, 413),
+    (post(length(), b"Expect: 200-ok\r\n", body=b""), "127.0.0.4", 0, 417),
+    (post(b"Content-Length: x\r\n", EXPECTING, body=b""), "127.0.0.4", 0, 400), (post(EXPECTING, body=b""), "127.0.0.4", 0, 411)])
+def test_a_client_that_asks_first_is_refused_without_a_100(gated, content, source, earlier, status):
+    for _ in range(earlier):
+        assert exchange(gated, get(b"/services", CLOSE), source).startswith(b"HTTP/1.1 200 ")
+    [(found, headers, _)] = split(exchange(gated, content, source))
+    assert (found, headers["connection"]) == (status, "close")
+    assert "deploy_accepted" not in gated.output.read_text() and gated.get("/ready").status == 200
+
+
+@pytest.mark.parametrize("lines, body", [((length(),), BODY), ((CHUNKED,), chunked(BODY))])
+def test_a_client_that_asks_first_and_may_go_on_sends_its_body_then(unharmed, lines, body):
+    with connected(unharmed) as link:
+        for _ in range(2):
+            link.sendall(post(*lines, b"expect: 100-Continue\r\n", body=b"").replace(b"sha256=", b"sha256=00"))
+            assert read_answer(link) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            link.sendall(body)
+            assert read_answer(link).startswith(b"HTTP/1.1 401 ")
+
+
+def test_an_http_1_0_client_gets_no_100(unharmed):
+    with connected(unharmed) as link:
+        link.sendall(post(length(), EXPECTING).replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"sha256=", b"sha256=00"))
+        assert [status for status, _, _ in split(read_to_end(link))] == [401]
+
+
+# --- every answer
+
+ANSWERS = {
+    200: get(), 400: get(b"//"), 401: WRONG, 404: get(b"/nothing"), 405: get(b"/deploy"), 411: post(),
+    413: post(length(b"x" * (LIMIT + 1))), 414: get(b"/" + b"x" * 9000),
+    417: post(length(), b"Expect: x\r\n"), 431: headers_of(200), 501: post(b"Transfer-Encoding: gzip\r\n"), 505: get(version=b"HTTP/3.0")}
+
+
+@pytest.mark.parametrize("status", ANSWERS)
+def test_every_answer_has_these_headers(unharmed, status):
+    with connected(unharmed) as link:
+        link.sendall(ANSWERS[status])
+        answer = read_answer(link)
+    [(found, headers, body)] = split(answer)
+    assert found == status and int(headers["content-length"]) == len(body) and answer.endswith(body)
+    assert re.fullmatch(r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d (Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) \d{4} \d\d:\d\d:\d\d GMT",
+                        headers["date"])
+    assert (headers["server"], headers["cache-control"], headers["x-content-type-options"]) == ("hookshot", "no-store", "nosniff")
+    assert headers["content-type"] == ("application/json" if status == 200 else "application/problem+json") and headers["x-request-id"]
+    names = [line.partition(b":")[0].lower() for line in answer.partition(b"\r\n\r\n")[0].split(b"\r\n")[1:]]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("given, is_kept", [
+    (b"a", True), (b"A-z_0.9", True), (b"x" * 128, True), (b"x" * 129, False), (b"", False), (b"a b", False), (b"a/b", False),
+    (b"\xe4", False), (b"a,b", False), (b"<a>", False)])
+def test_a_good_request_id_comes_back_and_another_is_replaced(unharmed, given, is_kept):
+    for request in (get(b"/ready", b"X-Request-ID: " + given + b"\r\n", CLOSE), get(b"/nothing", b"X-Request-ID: " + given + b"\r\n",
+        CLOSE)):
+        [(_, headers, body)] = split(unharmed.raw(request))
+        assert (headers["x-request-id"] == given.decode("latin-1")) is is_kept and re.fullmatch(r"[A-Za-z0-9._-]{1,128}",
+            headers["x-request-id"])
+        assert json.loads(body).get("request_id", headers["x-request-id"]) == headers["x-request-id"]
+
+
+def test_request_ids_of_ours_differ(unharmed):
+    answers = split(unharmed.raw(get() * 200 + get(b"/ready", CLOSE)))
+    assert len({headers["x-request-id"] for _, headers, _ in answers}) == 201
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "HEAD", "get", "BREW"])
+def test_another_method_is_405_with_allow(unharmed, method):
+    for route in hookshot.ROUTES:
+        if method == route.method or (method, route.method) == ("HEAD", "GET"):
+            continue
+        path = re.sub(r"\{.*?\}", "x", route.pattern).encode()
+        with connected(unharmed) as link:
+            link.sendall(get(path, b"Content-Length: 0\r\n", CLOSE).replace(b"GET", method.encode(), 1))
+            answer = read_to_end(link)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        allow = re.search(rb"\r\nAllow: (.*?)\r\n", head + b"\r\n")
+        assert answer.startswith(b"HTTP/1.1 405 ") and allow[1].decode().split(", ") == (["GET",
+            "HEAD"] if route.method == "GET" else [route.method])
+        assert bool(body) is (method != "HEAD")
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory):
+    """A server with one deployment behind it, whose log has 8 MB, and little patience."""
+    talk = service('["sh", "-c", "yes 0123456789abcdef0123456789abcdef | head -c 8000000"]')
+    with running(tmp_path_factory.mktemp("busy"), talk, "[server]\nrequest_timeout = 1\n") as host:
+        assert host.wait(host.deploy(deploy_id="big"))["status"] == "Succeeded"
+        yield host
+
+
+@pytest.mark.parametrize("path",
+                         [re.sub(r"\{name\}", "web",
+                                 re.sub(r"\{id\}", "big", route.pattern)) for route in hookshot.ROUTES if route.method == "GET"])
+@pytest.mark.parametrize("end", ["", "/nothing"])
+def test_head_of_every_route_has_the_length_of_get_and_no_body(busy, path, end):
+    def agree():
+        """Once: an uptime of one more digit may come between the two."""
+        got, asked = busy.get(path + end), busy.request("HEAD", path + end)
+        assert (asked.status, asked.body) == (got.status, b"") and {*asked.headers} == {*got.headers}
+        return asked.headers.get("content-length") == got.headers.get("content-length")
+
+    wait_until(agree)
+    with connected(busy) as link:
+        link.sendall(get((path + end).encode()).replace(b"GET", b"HEAD", 1) + get(b"/ready", CLOSE))
+        answers = read_to_end(link)
+    assert answers.count(b"HTTP/1.1 ") == 2 and answers.partition(b"\r\n\r\n")[2].startswith(b"HTTP/1.1 200 ")
+
+
+# --- slow clients
+
+def test_clients_that_drip_are_gone_after_request_timeout_wherever_they_are(narrow):
+    """One byte at a time, in every part of a request."""
+    with running(narrow.folder / "drip", service(), "[server]\nrequest_timeout = 1\n") as host, contextlib.ExitStack() as stack:
+        starts = {b"": get(b"/" + b"x" * 500), b"GET /ready HTTP/1.1\r\n": b"A: b\r\n" * 100, get()[:-2]: b"A: " + b"x" * 500,
+                  post(length(b"x" * 500), body=b""): b"x" * 499,
+                  post(CHUNKED, body=b""): b"1\r\nx\r\n" * 100, post(CHUNKED, body=b"5;"): b"x" * 500,
+                  post(CHUNKED, body=b"0\r\n"): b"A: b\r\n" * 90,
+                  post(length(), EXPECTING, body=b""): b" " * 5}
+        links = {stack.enter_context(connected(host)): (start, iter(rest)) for start, rest in starts.items()}
+        for link, (start, _) in links.items():
+            link.sendall(start)
+        answers = dict.fromkeys(links, b"")
+        deadline = time.monotonic() + support.PATIENCE_S
+        while links and time.monotonic() < deadline:
+            for link in select.select([*links], [], [], 0.1)[0]:
+                with contextlib.suppress(ConnectionResetError):
+                    if block := link.recv(1 << 16):
+                        answers[link] += block
+                        continue
+                del links[link]
+            for link, (_, rest) in links.items():
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError, StopIteration):
+                    link.sendall(bytes([next(rest)]))
+        assert not links
+        assert all(re.match(rb"(HTTP/1.1 100 Continue\r\n\r\n)?HTTP/1.1 408 ", answer) for answer in answers.values())
+        assert host.get("/deployments").json["deployments"] == []
+
+
+@pytest.mark.parametrize("requests", [get(b"/logs/big"), get() * 100_000], ids=["one large answer", "many small answers"])
+def test_a_client_that_takes_no_answer_is_dropped_while_others_are_served(busy, requests):
+    with socket.socket() as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        link.connect(("127.0.0.1", busy.port))
+        link.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            link.sendall(requests)
+        slowest = 0.0
+
+        def is_dropped():
+            nonlocal slowest
+            began = time.monotonic()
+            assert busy.get("/services").status == 200
+            slowest = max(slowest, time.monotonic() - began)
+            return not is_held(busy, link)
+
+        wait_until(is_dropped)
+        assert slowest < 5
+        taken = b""
+        with contextlib.suppress(ConnectionResetError):
+            link.settimeout(support.PATIENCE_S)
+            while block := link.recv(1 << 16):
+                taken += block
+        assert len(taken) < 7_900_000 and not taken.endswith(b"0\r\n\r\n")
+    wait_until(lambda: status_field(busy, "Threads") < 20)
+
+
+def test_a_kept_connection_is_closed_when_it_is_idle(busy):
+    with connected(busy) as link:
+        link.sendall(get())
+        assert [status for status, _, _ in split(read_to_end(link))] == [200]
+
+
+# --- limits on number
+
+@pytest.fixture
+def crowded(tmp_path):
+    """A server with 64 places, 16 for each address but the proxy's."""
+    with running(tmp_path, service(), '[server]\nmax_connections = 64\n[security]\ntrusted_proxies = ["127.0.0.5"]\n') as host:
+        yield host
+
+
+def crowd(stack: contextlib.ExitStack, host, number: int, source: str, *starts: bytes) -> list[socket.socket]:
+    """Return that many connections from an address, which have sent one of `starts` and no more."""
+    links = []
+    for index in range(number):
+        link = stack.enter_context(connected(host, source))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            link.sendall(starts[index % len(starts)])
+        links.append(link)
+    return links
+
+
+def turned_away(links: list[socket.socket]) -> list[bytes]:
+    """Return what those connections got that the server has ended or answered."""
+    texts = []
+    for link in select.select(links, [], [], 0)[0]:
+        link.settimeout(support.PATIENCE_S)
+        try:
+            texts.append(read_to_end(link))
+        except ConnectionResetError:
+            texts.append(b"")
+    return texts
+
+
+def test_500_connections_of_one_address_do_not_keep_another_from_deploying(crowded):
+    with contextlib.ExitStack() as stack:
+        links = crowd(stack, crowded, 500, "127.0.0.2", b"", b"GET /re", get()[:-2], post(length(), body=b"{"),
+                      post(CHUNKED, body=b"5\r\nh"))
+        began = time.monotonic()
+        [(status, _, body)] = split(exchange(crowded, post(length(), CLOSE), "127.0.0.3"))
+        took_s = time.monotonic() - began
+        assert status == 202 and took_s < 2, took_s
+        gone = turned_away(links)
+        assert len(gone) >= 500 - 16
+        told = [split(text)[0] for text in gone if text]
+        assert len(told) >= 32 and all(
+            (status, headers["connection"], headers["retry-after"], json.loads(body)["code"]) == (503, "close", "5",
+                "CONNECTION_LIMIT_EXCEEDED") for status, headers, body in told)
+        assert crowded.wait(json.loads(body)["deploy_id"])["status"] == "Succeeded"
+    wait_until(lambda: exchange(crowded, get(b"/ready", CLOSE), "127.0.0.2").startswith(b"HTTP/1.1 200 "))
+
+
+def test_a_trusted_proxy_has_more_than_a_share(crowded):
+    with contextlib.ExitStack() as stack:
+        links = crowd(stack, crowded, 50, "127.0.0.5", get())
+        assert all(read_answer(link).startswith(b"HTTP/1.1 200 ") for link in links)
+        links = crowd(stack, crowded, 60, "127.0.0.5", b"")
+        wait_until(lambda: len(select.select(links, [], [], 0)[0]) >= 60 - 14)
+        assert all(text.startswith(b"HTTP/1.1 503 ") for text in turned_away(links) if text)
+
+
+def test_many_addresses_meet_the_limit_of_all_and_places_come_back(crowded):
+    with contextlib.ExitStack() as stack:
+        links = [link for last in range(10, 20) for link in crowd(stack, crowded, 10, f"127.0.0.{last}", b"GET /re")]
+        wait_until(lambda: len(select.select(links, [], [], 0)[0]) == 100 - 64)
+        texts = turned_away(links)
+        assert all(split(text)[0][0] == 503 and split(text)[0][1]["retry-after"] == "5" for text in texts)
+        assert exchange(crowded, b"", "127.0.0.30").startswith(b"HTTP/1.1 503 ")
+    wait_until(lambda: exchange(crowded, get(b"/ready", CLOSE), "127.0.0.30").startswith(b"HTTP/1.1 200 "))
+    with contextlib.ExitStack() as stack:
+        links = [link for last in range(10, 14) for link in crowd(stack, crowded, 16, f"127.0.0.{last}", get())]
+        assert all(read_answer(link).startswith(b"HTTP/1.1 200 ") for link in links)
+
+
+def test_connections_have_no_threads(tmp_path):
+    with running(tmp_path, service(), "[server]\nmax_connections = 1000\n") as host, contextlib.ExitStack() as stack:
+        assert host.get("/services").status == 200
+        before = status_field(host, "Threads")
+        links = crowd(stack, host, 240, "127.0.0.2", b"", b"GET /re", post(length(), body=b"{"), get()[:-2])
+        assert host.get("/ready").status == 200
+        assert select.select(links, [], [], 0)[0] == []
+        assert status_field(host, "Threads") <= before
+
+
+@contextlib.contextmanager
+def limited(host, which: int, value: int):
+    """Lower a limit of the running server, as far as the block lasts."""
+    soft, hard = resource.prlimit(host.process.pid, which)
+    resource.prlimit(host.process.pid, which, (value, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(host.process.pid, which, (soft, hard))
+
+
+@pytest.mark.parametrize("listen", ['"127.0.0.1:0"', '["127.0.0.1:0", "127.0.0.2:0"]'], ids=["one address", "two addresses"])
+def test_a_server_without_descriptors_says_so_once_waits_and_recovers(tmp_path, listen):
+    with running(tmp_path, service(), f"[server]\nlisten = {listen}\n") as host:
+        ports = [(found[0], int(found[1])) for found in re.findall(r"http://([0-9.]+):(\d+)", host.output.read_text())]
+        assert host.get("/services").status == 200
+        troubles = lambda: host.output.read_text().count("no connection can be accepted")
+        with limited(host, resource.RLIMIT_NOFILE, descriptors(host) + 5), contextlib.ExitStack() as stack:
+            links = [stack.enter_context(socket.create_connection(address, support.PATIENCE_S)) for _ in range(15) for address in ports]
+            wait_until(troubles)
+            before, until = cpu_seconds(host), time.monotonic() + 2
+            wait_until(lambda: time.monotonic() > until)
+            assert cpu_seconds(host) - before < 1
+            links[0].sendall(get())
+            assert read_answer(links[0]).startswith(b"HTTP/1.1 200 ")  # who is in is served
+            said = [line for line in host.output.read_text().splitlines() if "no connection can be accepted" in line]
+            assert len(said) == 1 and "LimitNOFILE" in said[0] and "max_connections" in said[0]
+        for address in ports:
+            with socket.create_connection(address, support.PATIENCE_S) as link:
+                link.sendall(get(b"/ready", CLOSE))
+                assert read_to_end(link).startswith(b"HTTP/1.1 200 ")
+        assert '"bug"' not in host.output.read_text()
+
+
+def test_clients_in_the_backlog_are_served_when_descriptors_are_free_again(tmp_path):
+    with running(tmp_path, service()) as host:
+        assert host.get("/services").status == 200
+        with limited(host, resource.RLIMIT_NOFILE, descriptors(host) + 3), contextlib.ExitStack() as stack:
+            with contextlib.ExitStack() as first:
+                crowd(first, host, 10, "127.0.0.1", b"")
+                wait_until(lambda: "no connection can be accepted" in host.output.read_text())
+                late = stack.enter_context(connected(host))
+                late.sendall(get(b"/ready", CLOSE))
+            assert read_to_end(late).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_server_that_gets_no_thread_says_503_and_goes_on(tmp_path):
+    with running(tmp_path, service(), "[monitoring]\nstatus_cache_seconds = 1\n") as host:
+        assert host.get("/ready").status == 200
+        with limited(host, resource.RLIMIT_AS, (status_field(host, "VmSize") + 3000) << 10):
+            for path in ("/services", "/health"):
+                answer = host.get(path)
+                assert (answer.status, answer.json["code"]) == (503, "CONNECTION_LIMIT_EXCEEDED") and int(answer.headers["retry-after"]) > 0
+            assert host.post({"service": "web", "image": "app:1"}).status == 503
+            assert host.get("/ready").status == 200
+        assert host.get("/deployments").json["deployments"] == [] and host.get("/health").status == 200
+        host.deploy()
+        assert '"bug"' not in host.output.read_text()
+
+
+def test_a_health_report_is_renewed_after_it_could_not_be_made(tmp_path):
+    """A request for it that got no thread must not count as one that is under way for ever."""
+    with running(tmp_path, service('["sh", "-c", "until [ -e go ]; do kill -0 $PPID || exit; sleep 0.1; done"]'),
+                 "[monitoring]\nstatus_cache_seconds = 1\n") as host:
+        deploy_id = host.deploy()
+        host.wait(deploy_id, "Deploying")
+        assert host.get("/health").status == 200
+        with limited(host, resource.RLIMIT_AS, (status_field(host, "VmSize") + 3000) << 10), contextlib.ExitStack() as stack:
+            # Stacks of ended threads are kept by the C library: until all of them are in use, a thread can still be had.
+            answer = b""
+            while b" 503 " not in answer:
+                link = stack.enter_context(connected(host))
+                link.sendall(get(b"/logs/" + deploy_id.encode() + b"?follow=1"))
+                answer = link.recv(1 << 16)
+            wait_until(lambda: host.get("/health").status == 503)  # once the report is too old
+        (tmp_path / "go").touch()
+        host.wait(deploy_id)
+        host.data.rename(tmp_path / "moved")
+        try:
+            wait_until(lambda: host.get("/health").status == 503, patience_s=10)
+        finally:
+            (tmp_path / "moved").rename(host.data)
+
+
+def test_large_bodies_at_once_stay_within_their_budget(tmp_path):
+    """Six times 19 MB are more than the budget: some are refused, the small deploy is not, and all places come back."""
+    size = 19_000_000
+    with running(tmp_path, service(), '[server]\nmax_request_size = "20MB"\n') as host, contextlib.ExitStack() as stack:
+        head = post(b"Content-Length: %d\r\n" % (size + 1), body=b"").replace(b"sha256=", b"sha256=00")
+        links = []
+        for _ in range(6):
+            link = stack.enter_context(connected(host))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                link.sendall(head + b"x" * size)
+            links.append(link)
+        wait_until(lambda: select.select(links, [], [], 0)[0])
+        assert status_field(host, "VmHWM") < 300_000
+        accepted = host.post({"service": "web", "image": "app:1", "metadata": {"a": "x" * 200}})
+        assert accepted.status == 202
+        refused = turned_away(links)
+        assert 0 < len(refused) < 6 and all(split(text)[0][0] == 503 and split(text)[0][1]["retry-after"] for text in refused if text)
+        stack.close()
+        wait_until(lambda: exchange(host, head[: head.index(b"Content-Length")] + b"Content-Length: %d\r\n" % size + CLOSE
+                                    + head[head.index(b"X-Hub") :] + b"x" * size).startswith(b"HTTP/1.1 401 "))
+        assert host.wait(accepted.json["deploy_id"])["status"] == "Succeeded"
+
+
+def test_tiny_chunks_take_no_more_memory_than_they_bring(tmp_path):
+    with running(tmp_path, service(), '[server]\nmax_request_size = "4MB"\n') as host:
+        before = status_field(host, "VmHWM")
+        with connected(host) as link:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                link.sendall(post(CHUNKED, CLOSE, body=b"100\r\n" + b"x" * 256 + b"\r\n" + b"2\r\nxy\r\n" * 900_000))
+            host.get("/ready")
+            assert status_field(host, "VmHWM") - before < 20_000
