@@ -4533,6 +4533,8 @@ def find_leftovers(deployments: Iterable[Deployment], store_id: str) -> list[int
 MAX_WAIT_S = 3600
 _FOLLOW_PAUSE_S = 0.1
 _HEARTBEAT_S = 15.0
+# How long one request may take to make a new health report before another one tries.
+_HEALTH_PATIENCE_S = 1.0
 _PREVIEW_CHARS = 200
 # Larger bodies take milliseconds to verify, and other clients would wait for them.
 _QUICK_BODY_BYTES = 64 << 10
@@ -4581,8 +4583,8 @@ class HealthCache:
     def __init__(self) -> None:
         self.report: tuple[float, dict[str, Any]] | None = None
         self.rendered: tuple[float, int, Response] | None = None
-        # One request makes the new report; what comes meanwhile gets the old one.
-        self.is_being_made = False
+        # When a request was last sent to make a new report; what comes meanwhile gets the old one.
+        self.asked_s = -_HEALTH_PATIENCE_S
 
 
 class App:
@@ -5153,8 +5155,8 @@ def _follow_events(app: App, request: Request, deployment: Deployment, path: str
 def _recent_health(app: App, request: Request) -> Response | None:
     """Return the last report's answer while it is fresh; rendered once a second."""
     report, now, lifetime_s = app.health.report, time.monotonic(), app.current().config.monitoring.status_cache_seconds
-    if not report or not lifetime_s or (now - report[0] >= lifetime_s and not app.health.is_being_made):
-        app.health.is_being_made = True
+    if not report or not lifetime_s or (now - report[0] >= lifetime_s and now - app.health.asked_s >= _HEALTH_PATIENCE_S):
+        app.health.asked_s = now
         return None
     made_at, uptime_s = report[0], int(now - app.started)
     rendered = app.health.rendered
@@ -5166,10 +5168,7 @@ def _recent_health(app: App, request: Request) -> Response | None:
 
 def handle_health(app: App, request: Request) -> Response:
     """GET /health"""
-    try:
-        report = app.health.report = (time.monotonic(), _examine(app))
-    finally:
-        app.health.is_being_made = False
+    report = app.health.report = (time.monotonic(), _examine(app))
     return answer(200 if report[1]["status"] == "healthy" else 503, {**report[1], "uptime_seconds": int(time.monotonic() - app.started)})
 
 
@@ -5250,6 +5249,8 @@ _TURN_S = 0.25
 _ACCEPTS_A_TURN = 64
 # Out of descriptors or memory: nothing is accepted for this long, the kernel's backlog waits.
 _ACCEPT_PAUSE_S = 0.5
+# The log is told of it no more often than this.
+_SHORTAGE_TOLD_S = 60.0
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
@@ -5577,6 +5578,8 @@ class _Connection:
             yield from self._greet(context)
         while (yield from self._answer_one()):
             self._let_go()
+        if self._buffer or self._has_unread():
+            yield from self._linger()
 
     def _greet(self, context: Any) -> _Conversation:
         self.deadline = time.monotonic() + self._app.current().config.server.request_timeout
@@ -5735,32 +5738,48 @@ class _Connection:
     def _read_line(self) -> "Generator[str, bytes, bytes]":
         while (end := self._buffer.find(b"\r\n", 0, _MAX_CHUNK_LINE_BYTES)) < 0:
             if len(self._buffer) >= _MAX_CHUNK_LINE_BYTES:
-                raise HookshotError("bad_request", "a chunk's header or a trailer is too long")
+                raise HookshotError("bad_request", "a trailer is too long")
             yield from self._receive()
         line, self._buffer = self._buffer[:end], self._buffer[end + 2 :]
         return line
 
     def _read_chunks(self, limit: int) -> "Generator[str, bytes, bytes]":
         """Decode a chunked body (RFC 9112, 7.1) strictly; trailers are read and dropped."""
-        pieces: list[bytes] = []
-        total = 0
+        # `at` walks through the buffer, which is cut only when more is awaited: a body may come in chunks of one byte.
+        body, at = bytearray(), 0
         while True:
-            match = _CHUNK_SIZE.fullmatch((yield from self._read_line()))
+            while (end := self._buffer.find(b"\r\n", at, at + _MAX_CHUNK_LINE_BYTES)) < 0:
+                if len(self._buffer) - at >= _MAX_CHUNK_LINE_BYTES:
+                    raise HookshotError("bad_request", "a chunk's header is too long")
+                self._buffer, at = self._buffer[at:], 0
+                yield from self._receive()
+            match = _CHUNK_SIZE.fullmatch(self._buffer, at, end)
             if not match:
                 raise HookshotError("bad_request", "a chunk's size is malformed")
-            size = int(match[1], 16)
-            total += size
-            if total > limit:
+            missing, at = int(match[1], 16), end + 2
+            if len(body) + missing > limit:
                 raise HookshotError("too_large", f"the body has more than {limit} bytes (server.max_request_size)")
-            if not size:
+            if not missing:
                 break
-            pieces.append((yield from self._take(size)))
-            if (yield from self._take(2)) != b"\r\n":
+            while missing:
+                piece = self._buffer[at : at + missing]
+                body += piece
+                missing, at = missing - len(piece), at + len(piece)
+                self._hold(len(piece))
+                if missing:
+                    self._buffer, at = b"", 0
+                    yield from self._receive()
+            while len(self._buffer) - at < 2:
+                self._buffer, at = self._buffer[at:], 0
+                yield from self._receive()
+            if self._buffer[at : at + 2] != b"\r\n":
                 raise HookshotError("bad_request", "a chunk is longer than its size")
+            at += 2
+        self._buffer = self._buffer[at:]
         for _ in range(MAX_HEADERS):
             line = yield from self._read_line()
             if not line:
-                return b"".join(pieces)
+                return bytes(body)
             name, colon, value = line.decode("latin-1").partition(":")
             if not colon or not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
                 break
@@ -5774,6 +5793,12 @@ class _Connection:
         self.deadline = time.monotonic() + self._app.current().config.server.request_timeout
         self._unsent = content
         return _WRITE
+
+    def _has_unread(self) -> bool:
+        try:
+            return bool(self._link.recv(CHUNK_BYTES))
+        except OSError:
+            return False
 
     def _linger(self) -> _Conversation:
         """Read on for a moment: closing with unread data would reset the connection and the answer with it."""
@@ -5918,6 +5943,7 @@ class HttpServer:
         self._returned: collections.deque[_Connection] = collections.deque()
         self._is_closing = False
         self._accepts_again_at: float | None = None
+        self._told_shortage_s = -_SHORTAGE_TOLD_S
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
@@ -5986,14 +6012,18 @@ class HttpServer:
 
     def _pause_accepting(self, error: OSError) -> None:
         """Wait with accepting until there may be descriptors or memory again; without a pause this would be a busy loop."""
-        self._accepts_again_at = time.monotonic() + _ACCEPT_PAUSE_S
+        now = time.monotonic()
+        self._accepts_again_at = now + _ACCEPT_PAUSE_S
         for listener in self.listeners:
             self._selector.unregister(listener)
+        if now < self._told_shortage_s + _SHORTAGE_TOLD_S:
+            return
+        self._told_shortage_s = now
         self.app.publish(Trouble(f"no connection can be accepted: {error.strerror}; {len(self._connections)} are open; "
                                  "raise LimitNOFILE (ulimit -n) or lower server.max_connections"))
 
     def _accept(self, listener: Listener) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
+        for _ in range(_ACCEPTS_A_TURN if self._accepts_again_at is None else 0):
             try:
                 link, address = listener.get_request()
             except BlockingIOError:
