@@ -6328,8 +6328,8 @@ class Daemon:
             for listener in self._server.listeners:
                 listener.server_close()
             self._parts.close()
-            raise HookshotError("config", f"cannot listen on {address}: {error.strerror}; end the program that does, "
-                                          "or choose another with --port or server.listen") from None
+            raise HookshotError("config", f"cannot listen on {address}: {error.strerror}; "
+                                          "end the program that uses it, or choose another with --port or server.listen") from None
 
     def _begin(self, name: str, work: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=work, name=name, daemon=True)
@@ -6390,11 +6390,12 @@ class Daemon:
             self.publish(Trouble("the new configuration is not taken; the old one stays in force"))
             return False
         before = self._current.config
-        # Certificates alone are taken at once: they change while everything else stays.
-        server = before.server._replace(tls=loaded.config.server.tls)
+        # New certificates are taken at once. Whether there is TLS at all is not: an address must not turn plain unnoticed.
+        has_tls = loaded.tls is not None
+        server = before.server._replace(tls=loaded.config.server.tls) if has_tls == (self._current.tls is not None) else before.server
         if (server, before.storage.data_dir) != (loaded.config.server, loaded.config.storage.data_dir):
             self.publish(Trouble("changes of [server] and storage.data_dir need a restart; they are not in force yet"))
-            loaded = loaded._replace(config=loaded.config._replace(
+            loaded = loaded._replace(tls=loaded.tls if server is not before.server else self._current.tls, config=loaded.config._replace(
                 server=server, storage=loaded.config.storage._replace(data_dir=before.storage.data_dir)))
         self._take(loaded)
         self.publish(Noted("reloaded", f"configuration and secrets are read again, {len(loaded.services.by_name)} services"))

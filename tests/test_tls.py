@@ -636,6 +636,17 @@ def test_sighup_takes_a_new_certificate_and_leaves_open_connections_alone(tmp_pa
         assert read_to_end(old).startswith(b"HTTP/1.1 200 ")
 
 
+def test_sighup_does_not_turn_an_address_plain(tmp_path, certificates):
+    """Whether there is TLS at all needs a restart, as the rest of [server] does."""
+    with running_tls(tmp_path, certificates) as host:
+        text = host.config.read_text()
+        host.config.write_text("".join(line for line in text.splitlines(True) if not line.startswith(("[server.tls]", "cert =", "key ="))))
+        assert host.config.read_text() != text
+        reload(host)
+        assert shown(host) == der(certificates.server)
+        assert "need a restart" in events(host, "trouble")[-1]["message"]
+
+
 def break_mismatch(folder, certificates):
     shutil.copy(certificates.renewed_key, folder / "key.pem")
 
