@@ -2634,10 +2634,13 @@ def _log_refused(log: Log, event: Refused) -> None:
 
 
 def _log_broken(log: Log, event: Broken) -> None:
-    import traceback  # only a bug needs it
+    try:
+        import traceback  # only a bug needs it
 
-    log.write("error", "bug", f"{event.where}: {type(event.error).__name__}; please report it",
-              trace="".join(traceback.format_exception(event.error)))
+        trace = "".join(traceback.format_exception(event.error))
+    except OSError as error:  # no descriptor is free to read the module with
+        trace = f"{event.error!r} (its trace cannot be made: {error.strerror})"
+    log.write("error", "bug", f"{event.where}: {type(event.error).__name__}; please report it", trace=trace)
 
 
 _LINES: dict[type, Callable[[Log, Any], None]] = {

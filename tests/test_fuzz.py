@@ -157,17 +157,29 @@ def test_mutated_requests_get_proper_answers_and_leave_nothing_behind(unharmed, 
     assert answered > 100
 
 
+# A head with two faults may be refused for either, whichever is there first.
+MALFORMED = {400, 414, 431, 505}
+# Refused by the head alone: the connection goes on only if the body has wholly arrived by then.
+BY_THE_HEAD = {401, 404, 405}
+
+
+def agree(whole: list[int], cut: list[int]) -> bool:
+    """Return whether two rows of answers say the same, as far as the timing of segments may not matter."""
+    same = all(one == other or {one, other} <= MALFORMED for one, other in zip(whole, cut))
+    shorter = min(whole, cut, key=len)
+    return same and (len(whole) == len(cut) or bool(shorter) and shorter[-1] in BY_THE_HEAD)
+
+
 def test_answers_do_not_depend_on_where_segments_end(unharmed):
     """What two readers could cut differently is how requests are smuggled."""
     chance = random.Random(SEED)
     for _ in range(300):
         content = conversation(chance)
         inside = [found.start() + 1 for found in re.finditer(b"\r\n", content)]
-        places = sorted({chance.randint(0, len(content)) for _ in range(chance.randint(1, 20))} | {*chance.sample(inside,
-            len(inside) // 2)})
+        places = sorted({chance.randint(0, len(content)) for _ in range(chance.randint(1, 20))} | {*chance.sample(inside, len(inside) // 2)})
         pieces = [content[start:end] for start, end in zip([0, *places], [*places, len(content)])]
         whole, cut = ([status for status in statuses(exchange(unharmed, *parts)) if status != 100] for parts in ([content], pieces))
-        assert whole == cut, (content, pieces)
+        assert agree(whole, cut), (whole, cut, content, pieces)
 
 
 def test_mutated_heads_are_parsed_or_refused_and_nothing_else():
