@@ -48,10 +48,22 @@ def names_defined(tree: ast.Module) -> frozenset[str]:
     return frozenset(found)
 
 
-def names_used(scope: symtable.SymbolTable, tree: ast.AST) -> frozenset[str]:
+def names_used(scope: symtable.SymbolTable, tree: ast.Module) -> frozenset[str]:
     names = {symbol.get_name() for table in walk_tables(scope) for symbol in table.get_symbols()
-             if symbol.is_referenced() and (table is scope or symbol.is_global())}
+             if table is not scope and symbol.is_global() and symbol.is_referenced()}
+    # What runs at the import: from the tree, because Python 3.12 counts the variables of comprehensions there among the module's names.
+    names |= {name for statement in tree.body for name in names_loaded(statement)}
     return frozenset(names.union(name.id for text in text_annotations(tree) for name in ast.walk(text) if isinstance(name, ast.Name)))
+
+
+def names_loaded(node: ast.AST) -> set[str]:
+    """Return the names that a piece of code takes from outside itself; functions and classes are left to their own symbol tables."""
+    if isinstance(node, ast.Name):
+        return {node.id} if isinstance(node.ctx, ast.Load) else set()
+    inner = [node.args, *node.decorator_list] if isinstance(node, ast.FunctionDef) else ast.iter_child_nodes(node)
+    found = set().union(*(names_loaded(child) for child in inner))
+    bound = {name.id for part in getattr(node, "generators", ()) for name in ast.walk(part.target) if isinstance(name, ast.Name)}
+    return found - bound
 
 
 def text_annotations(tree: ast.AST) -> Iterator[ast.AST]:
