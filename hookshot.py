@@ -226,8 +226,7 @@ def render_time(at_ms: int | None) -> str | None:
     """Return RFC 3339 in UTC with milliseconds, or None for a time that has not come."""
     if at_ms is None:
         return None
-    seconds, ms = divmod(at_ms, 1000)
-    return f"{_render_second(seconds)}.{ms:03d}Z"
+    return f"{_render_second(at_ms // 1000)}.{at_ms % 1000:03d}Z"
 
 
 @functools.lru_cache(maxsize=16)
@@ -1418,55 +1417,76 @@ def sign_webhook(secret: bytes, body: bytes, message_id: str, at_s: int) -> dict
     return {"webhook-id": message_id, "webhook-timestamp": str(at_s), "webhook-signature": f"v1,{signature}"}
 
 
+# Shorter keys can be guessed; an empty one lets anybody sign.
+MIN_KEY_BYTES = 16
+
+
+class SigningKey(NamedTuple):
+    """A secret that may sign: for each kind of signature an HMAC-SHA256 begun with its key. Finishing a copy takes half the time."""
+
+    hub: hmac.HMAC
+    webhook: hmac.HMAC
+
+
+def prepare_keys(values: Mapping[str, bytes]) -> dict[str, SigningKey]:
+    """Return secrets, by name, ready to verify with; one that is too short signs for nothing."""
+    return {name: SigningKey(*(hmac.new(key, digestmod="sha256") for key in (secret, webhook_key(secret))))
+            for name, secret in values.items() if len(secret) >= MIN_KEY_BYTES}
+
+
+def _finish(begun: hmac.HMAC, message: bytes) -> bytes:
+    code = begun.copy()
+    code.update(message)
+    return code.digest()
+
+
 def has_signature(headers: Mapping[str, str]) -> bool:
     """Return whether a request claims to be signed at all."""
     return SIGNATURE_HEADER in headers or WEBHOOK_HEADERS[0] in headers
 
 
-def verify(body: bytes, headers: Mapping[str, str], keys: Mapping[str, bytes], security: Security, now_ms: int) -> VerifiedBody:
+def verify(body: bytes, headers: Mapping[str, str], keys: Mapping[str, SigningKey], security: Security, now_ms: int) -> VerifiedBody:
     """Return the proof that one of `keys` signed `body`; raise `authentication` otherwise.
 
     A signature of Standard Webhooks decides alone where there is one. Every key is tried whatever the earlier ones gave,
     each compared in constant time: the time taken tells nothing. What is wrong beyond that is told to holders of a key only.
     """
     is_webhook = WEBHOOK_HEADERS[0] in headers
-    match = None
-    for key_id, is_right in (_check_webhook if is_webhook else _check_hub)(body, headers, keys):
-        if is_right and len(keys[key_id]) >= 16 and match is None:
-            match = key_id
-    if match is None:
+    signers = (_signers_webhook if is_webhook else _signers_hub)(body, headers, keys)
+    if not signers:
         raise HookshotError("authentication", "the signature is missing or wrong")
     if not is_webhook:
         if security.require_timestamp:
             raise HookshotError("authentication", "this server takes only signatures with a timestamp: the webhook-id, webhook-timestamp "
                                                   "and webhook-signature headers (security.require_timestamp)")
-        return VerifiedBody(match, body)
+        return VerifiedBody(signers[0], body)
     at_ms, window_ms = int(headers["webhook-timestamp"]) * 1000, security.replay_window * 1000
     if abs(now_ms - at_ms) > window_ms:
         raise HookshotError("authentication", f"the signature's timestamp is {render_duration(abs(now_ms - at_ms))} "
                                               f"{'ahead of' if at_ms > now_ms else 'behind'} this host's clock, more than "
                                               f"security.replay_window ({security.replay_window} s); check both clocks")
-    return VerifiedBody(match, body, SignedMessage(headers["webhook-id"], at_ms + window_ms))
+    return VerifiedBody(signers[0], body, SignedMessage(headers["webhook-id"], at_ms + window_ms))
 
 
-def _check_hub(body: bytes, headers: Mapping[str, str], keys: Mapping[str, bytes]) -> Iterator[tuple[str, bool]]:
-    """Yield for each key whether it made X-Hub-Signature-256."""
+def _signers_hub(body: bytes, headers: Mapping[str, str], keys: Mapping[str, SigningKey]) -> list[str]:
+    """Return the names of the keys that made X-Hub-Signature-256."""
     given = headers.get(SIGNATURE_HEADER, "").strip().encode("latin-1", "replace").lower()
-    for key_id, key in keys.items():
-        yield key_id, hmac.compare_digest(sign(key, body).encode(), given)
+    return [key_id for key_id, key in keys.items() if hmac.compare_digest(b"sha256=" + _finish(key.hub, body).hex().encode(), given)]
 
 
-def _check_webhook(body: bytes, headers: Mapping[str, str], keys: Mapping[str, bytes]) -> Iterator[tuple[str, bool]]:
-    """Yield for each key whether it made one of the signatures in webhook-signature."""
+def _signers_webhook(body: bytes, headers: Mapping[str, str], keys: Mapping[str, SigningKey]) -> list[str]:
+    """Return the names of the keys that made one of the signatures in webhook-signature."""
     message_id, at_s = headers.get("webhook-id", ""), headers.get("webhook-timestamp", "")
     if not _WEBHOOK_ID.fullmatch(message_id) or not re.fullmatch(r"[0-9]{1,12}", at_s, re.ASCII):
-        return
+        return []
     signed = f"{message_id}.{at_s}.".encode() + body
     claims = [word.removeprefix("v1,").encode("latin-1", "replace") for word in headers["webhook-signature"].split() if word.startswith("v1,")]
+    signers = []
     for key_id, key in keys.items():
-        expected = base64.b64encode(hmac.digest(webhook_key(key), signed, "sha256"))
-        found = [hmac.compare_digest(expected, claim) for claim in claims[:_MAX_WEBHOOK_SIGNATURES]]
-        yield key_id, any(found)
+        expected = base64.b64encode(_finish(key.webhook, signed))
+        # A list, not any() of a generator: that would stop at the first right one.
+        signers += [key_id] if any([hmac.compare_digest(expected, claim) for claim in claims[:_MAX_WEBHOOK_SIGNATURES]]) else []
+    return signers
 
 
 class _BadNumber(NamedTuple):
@@ -1654,10 +1674,17 @@ def parse_wait(query: Mapping[str, str], prefer: str | None) -> int | None:
 
 def render_problem(error: HookshotError, request_id: str, now_ms: int) -> bytes:
     """Return application/problem+json (RFC 9457) with the members of Hookshot 1.0 beside it."""
-    # Put together by hand: a flood of refusals is answered at twice the rate. Titles, codes and ids hold nothing to escape.
-    kind, sentence, details = error.kind, _ENCODER.encode(error.sentence), "null" if error.details is None else _ENCODER.encode(error.details)
-    return (f'{{"type":"about:blank","title":"{kind.title}","status":{kind.http},"detail":{sentence},"error":{sentence},"code":"{kind.code}",'
-            f'"details":{details},"timestamp":"{render_time(now_ms)}","request_id":"{request_id}"}}\n').encode("utf-8", "replace")
+    return (f'{_render_failure(error.name, error.sentence, error.details)},'
+            f'"timestamp":"{render_time(now_ms)}","request_id":"{request_id}"}}\n').encode("utf-8", "replace")
+
+
+# A flood is told the same again and again.
+@functools.lru_cache(maxsize=64)
+def _render_failure(name: str, sentence: str, details: str | None) -> str:
+    """Return a problem's members that do not change from one request to the next, as the beginning of a JSON object."""
+    kind = ERRORS[name]
+    return _ENCODER.encode({"type": "about:blank", "title": kind.title, "status": kind.http, "detail": sentence, "error": sentence,
+                            "code": kind.code, "details": details})[:-1]
 
 
 # === 6. LIFECYCLE =====================================================================================================
@@ -2571,20 +2598,21 @@ class RefusalThrottle:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # (code, address or /64) -> when its minute began, its first address, how many since
-        self._seen: dict[tuple[str, int | str | None], tuple[float, str, int]] = {}
+        # (code, address or /64) -> [when its minute began, its first address, how many since]
+        self._seen: dict[tuple[str, int | str | None], list[Any]] = {}
 
     def admit(self, code: str, address: Peer, now_s: float) -> bool:
         """Return whether this refusal may have a line of its own."""
         source = (code, bucket_of(address))
         with self._lock:
             window = self._seen.get(source)
-            if not window and len(self._seen) >= self._MAX_SOURCES:
-                source = (code, "others")
-                window = self._seen.get(source, (now_s, "others", 0))
-            began_s, first, number = window or (now_s, str(address), 0)
-            self._seen[source] = (began_s, first, number + 1)
-        return number < self._LINES
+            if not window:
+                first = str(address)
+                if len(self._seen) >= self._MAX_SOURCES:
+                    source, first = (code, "others"), "others"
+                window = self._seen.setdefault(source, [now_s, first, 0])
+            window[2] += 1
+            return window[2] <= self._LINES
 
     def take(self, now_s: float) -> list[tuple[str, str, int]]:
         """Return (code, address, number) of the refusals that had no line, for each minute that is over."""
@@ -3250,7 +3278,6 @@ class Store:
 # 2. What others could read or plant is refused: wrong mode, wrong owner, too short, a placeholder.
 # 3. Secrets in the environment are taken out of it at start, before anything else can inherit them.
 
-MIN_KEY_BYTES = 16
 GOOD_KEY_BYTES = 32
 PREFIX_OF_HOOKSHOT_1 = "DEPLOY_RECEIVER_"
 # Variables of ours that configure the command line and are no secrets.
@@ -4599,17 +4626,17 @@ class App:
         self.is_closing = False
         self.started = time.monotonic()
         self.limiter = RateLimiter()
-        self._signing_keys: tuple[Current | None, dict[str, bytes]] = (None, {})
+        self._signing_keys: tuple[Current | None, dict[str, SigningKey]] = (None, {})
         self.health = HealthCache()
 
 
-    def signing_keys(self, current: Current) -> Mapping[str, bytes]:
+    def signing_keys(self, current: Current) -> Mapping[str, SigningKey]:
         """Return every key that may sign for any service, by the name of its secret; put together once for each `current`."""
         if self._signing_keys[0] is not current:
             names = [*current.config.security.hmac_keys]
             for service in current.services.by_name.values():
                 names += service.security.hmac_keys
-            self._signing_keys = (current, current.keyring.pick(names))
+            self._signing_keys = (current, prepare_keys(current.keyring.pick(names)))
         return self._signing_keys[1]
 
 
@@ -4632,13 +4659,16 @@ def answer(status: int, document: object, *headers: tuple[str, str]) -> Response
     return Response(status, render_json(document), headers=headers)
 
 
+_CHALLENGE = (("WWW-Authenticate", 'Bearer realm="hookshot", HMAC-SHA256 realm="hookshot", header="X-Hub-Signature-256"'),)
+
+
 def answer_error(error: HookshotError, request_id: str) -> Response:
     """Return the problem+json answer of an error."""
     headers = error.headers
     if error.retry_after_s is not None:
         headers += (("Retry-After", str(error.retry_after_s)),)
     if error.kind.http == 401:
-        headers += (("WWW-Authenticate", 'Bearer realm="hookshot", HMAC-SHA256 realm="hookshot", header="X-Hub-Signature-256"'),)
+        headers += _CHALLENGE
     return Response(error.kind.http, render_problem(error, request_id, now_ms()), "application/problem+json", headers)
 
 

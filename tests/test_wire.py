@@ -19,7 +19,7 @@ SECURITY = hookshot.load_config("", "config.toml", []).security
 
 def verify(body, signature, keys):
     """Return what X-Hub-Signature-256 proves; None is no header."""
-    return hookshot.verify(body, {} if signature is None else {"x-hub-signature-256": signature}, keys, SECURITY, 0)
+    return hookshot.verify(body, {} if signature is None else {"x-hub-signature-256": signature}, hookshot.prepare_keys(keys), SECURITY, 0)
 
 
 def parse(document, idempotency_key=None):
@@ -127,7 +127,7 @@ def webhook(body=b"body", message_id="msg_1", at_s=AT_S, key=KEY, **changes):
 
 
 def take(headers, body=b"body", *, keys=None, now_ms=AT_S * 1000, **security):
-    return hookshot.verify(body, headers, keys or {"main": KEY}, SECURITY._replace(**security), now_ms)
+    return hookshot.verify(body, headers, hookshot.prepare_keys(keys or {"main": KEY}), SECURITY._replace(**security), now_ms)
 
 
 def turned_away(headers, body=b"body", **how):
