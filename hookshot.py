@@ -346,6 +346,11 @@ def is_in(address: Peer, networks: Sequence[Network | str]) -> bool:
     return any(address in network for network in networks if not isinstance(network, str))
 
 
+def is_loopback(address: Peer) -> bool:
+    """Return whether this is an address at which a host speaks with itself."""
+    return address is not None and not isinstance(address, str) and address.is_loopback
+
+
 def bucket_of(address: Peer) -> int | str | None:
     """Return what is counted together: an IPv4 address, or the /64 that one IPv6 customer has to himself."""
     if address is None or isinstance(address, str):
@@ -2768,8 +2773,11 @@ _SENTENCE_OF_SQLITE_ERROR = {
 DISK_RESERVE_BYTES = 8 << 20
 _BUSY_TIMEOUT_S = 5.0
 _IDLE_READERS = 4
-# Senders of Standard Webhooks try again for days, with the same id and a new timestamp.
+# Senders of Standard Webhooks try again for days, with the same id and a new timestamp. Beyond that number the oldest
+# are forgotten sooner, but not before their timestamps, at most a day ahead (security.replay_window), cannot pass any more.
 _MESSAGES_KEPT_MS = 7 * 86_400_000
+_MAX_MESSAGES = 100_000
+_MESSAGE_MAY_PASS_MS = 2 * 86_400_000
 # A quarter of what makes SQLite itself checkpoint, in the commit that reaches it: 5 ms on top of 0.3 ms.
 _CHECKPOINT_BYTES = 1 << 20
 
@@ -3051,8 +3059,9 @@ class Store:
     @staticmethod
     def _remember_message(db: sqlite3.Connection, request: DeployRequest, deploy_id: str, at_ms: int) -> None:
         if request.message:
-            db.execute("DELETE FROM messages WHERE expires_ms < ?", (at_ms,))
-            db.execute("INSERT OR IGNORE INTO messages (id, digest, deploy_id, expires_ms) VALUES (?, ?, ?, ?)",
+            db.execute("INSERT INTO messages (id, digest, deploy_id, expires_ms) VALUES (?, ?, ?, ?) "
+                       # It was signed anew: from now on this signature could be repeated.
+                       "ON CONFLICT (id) DO UPDATE SET expires_ms=max(expires_ms, excluded.expires_ms)",
                        (request.message.id, request.digest, deploy_id, max(request.message.expires_ms, at_ms + _MESSAGES_KEPT_MS)))
 
     def _supersede(self, db: sqlite3.Connection, service: str, at_ms: int) -> tuple[Deployment, ...]:
@@ -3261,6 +3270,13 @@ class Store:
         """Return every service that ever ended a deployment."""
         with self._reader() as db:
             return tuple(name for (name,) in db.execute("SELECT name FROM services ORDER BY name").fetchall())
+
+    def prune_messages(self, at_ms: int, *, keep: int = _MAX_MESSAGES, batch: int = 1000) -> int:
+        """Forget up to `batch` signed messages that came too long ago, or are more than `keep`; return how many."""
+        return self._write(lambda db: db.execute(
+            "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE expires_ms < max(?, min(?, coalesce("
+            "(SELECT expires_ms FROM messages ORDER BY expires_ms DESC LIMIT 1 OFFSET ?), 0))) ORDER BY expires_ms LIMIT ?)",
+            (at_ms, at_ms + _MESSAGES_KEPT_MS - _MESSAGE_MAY_PASS_MS, keep - 1, batch)).rowcount, durable=False)
 
     def prune_logs(self, before_ms: int) -> int:
         """Remove deployment logs last written before an instant; return how many."""
@@ -4526,6 +4542,8 @@ class Engine:
         if time.monotonic() - self._logs_pruned > 3600 or not self._logs_pruned:
             self._logs_pruned = time.monotonic()
             self.store.prune_logs(now_ms() - config.storage.retention.log_days * 86_400_000)
+            while self.store.prune_messages(now_ms()):
+                pass
 
 
 def find_leftovers(deployments: Iterable[Deployment], store_id: str) -> list[int]:
@@ -4713,8 +4731,7 @@ def _is_local(request: Request) -> bool:
     own name. A page of another origin says so itself (Origin, and Sec-Fetch-Site of the Fetch Metadata specification).
     """
     peer, headers = request.peer, request.headers
-    is_here = peer == UNIX_PEER or (peer is not None and not isinstance(peer, str) and peer.is_loopback)
-    return (is_here and _names_this_host(headers.get("host", ""))
+    return ((peer == UNIX_PEER or is_loopback(peer)) and _names_this_host(headers.get("host", ""))
             and (headers.get("origin") is None or _names_this_host(headers["origin"].partition("://")[2]))
             and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
             and not any(name in headers for name in _FORWARDING_HEADERS))
@@ -4722,8 +4739,7 @@ def _is_local(request: Request) -> bool:
 
 def _names_this_host(host: str) -> bool:
     match = re.fullmatch(r"(localhost|[0-9.]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", host.lower(), re.ASCII)
-    address = parse_address(match[1]) if match else None
-    return bool(match) and (match[1] == "localhost" or (address is not None and not isinstance(address, str) and address.is_loopback))
+    return bool(match) and (match[1] == "localhost" or is_loopback(parse_address(match[1])))
 
 
 # Header fields of an answer.
@@ -5270,8 +5286,9 @@ _MAX_CHUNK_LINE_BYTES = 1024
 _IDLE_TIMEOUT_S = 30.0
 _LINGER_S = 1.0
 _LINGER_BYTES = 1 << 20
-# Connections that were turned away and read their 503; beyond it they are closed at once.
+# Connections that are being told 503; beyond it, or after that long, they are closed without a word.
 _MAX_TURNED_AWAY = 64
+_TURN_AWAY_S = 5.0
 # The share of one address: a quarter of all, but enough for a small limit not to become none.
 _SHARE, _LEAST_SHARE = 4, 8
 # Bodies that are being read, altogether. Below the size of an ordinary deploy a body is taken whatever others hold.
@@ -5608,14 +5625,15 @@ class _Connection:
         """Answer requests in order until either side ends the connection."""
         context = self._app.current().tls
         if context and self.listener.is_tcp:
-            yield from self._greet(context)
+            yield from self._greet(context, self._app.current().config.server.request_timeout)
         while (yield from self._answer_one()):
             self._let_go()
         if self._buffer or self._has_unread():
             yield from self._linger()
 
-    def _greet(self, context: Any) -> _Conversation:
-        self.deadline = time.monotonic() + self._app.current().config.server.request_timeout
+    def _greet(self, context: Any, patience_s: float) -> _Conversation:
+        """Shake hands for TLS, or tell a client that does not speak it."""
+        self.deadline = time.monotonic() + patience_s
         first = yield _PEEK
         if first != _TLS_HANDSHAKE:
             if first:
@@ -5636,6 +5654,9 @@ class _Connection:
             raise
 
     def _turn_away(self) -> _Conversation:
+        context = self._app.current().tls
+        if context and self.listener.is_tcp:
+            yield from self._greet(context, _TURN_AWAY_S)
         yield from self._refuse(_blank_request(self.peer), _NO_HEAD, HookshotError("overloaded", "there are too many connections; try again"))
 
     def _refuse(self, request: Request, head: _Head, error: HookshotError) -> _Conversation:
@@ -5915,6 +5936,9 @@ class Listener(http.server.ThreadingHTTPServer):
             self._bind_path()
             return
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Without it a kept-alive client waits 40 ms for the second of two small segments (Nagle against delayed ACK).
+        # Connections have it from their listening socket.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(self.listen.host))
         self.socket.bind(self.server_address)
@@ -6067,9 +6091,6 @@ class HttpServer:
                     return
                 continue  # that client has gone again (ECONNABORTED)
             link.setblocking(False)
-            if listener.is_tcp:
-                # Without it a kept-alive client waits 40 ms for the second of two small segments (Nagle against delayed ACK).
-                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._take(_Connection(self, listener, link, parse_address(address[0]) if listener.is_tcp else UNIX_PEER))
 
     def _take(self, connection: _Connection) -> None:
@@ -6085,7 +6106,7 @@ class HttpServer:
             connection.begin()
             return
         self._turned_away += 1
-        if self._turned_away > _MAX_TURNED_AWAY or (self.app.current().tls and connection.listener.is_tcp):
+        if self._turned_away > _MAX_TURNED_AWAY:
             connection.close()
         else:
             connection.begin(turned_away=True)
@@ -6188,7 +6209,7 @@ def has_errors(problems: Iterable[Problem]) -> bool:
 def check_host(settings: Settings, config_path: str, services_path: str, environ: Mapping[str, str], problems: list[Problem]) -> None:
     """Add what this host lacks for the configuration: directories, accounts, programs."""
     _check_data_dir(settings.config.storage.data_dir, Place(config_path, "storage.data_dir", problems))
-    _check_server(settings.config.server, Place(config_path, "server", problems))
+    _check_server(settings.config, Place(config_path, "server", problems))
     for service in settings.services.by_name.values():
         place = Place(services_path, f'service "{service.name}"', problems)
         if not os.path.isdir(service.working_dir or "/"):
@@ -6216,11 +6237,15 @@ def _check_data_dir(folder: str, place: Place) -> None:
 _OTHER_DESCRIPTORS = 100
 
 
-def _check_server(server: Server, place: Place) -> None:
+def _check_server(config: Config, place: Place) -> None:
+    server, is_plain = config.server, not config.server.tls.cert and not config.security.trusted_proxies
     for listen in server.listen:
         folder = os.path.dirname(listen.path)
         if listen.path and not os.path.isdir(folder):
             (place / "listen").problem(f"{folder} does not exist; create it (RuntimeDirectory= in a unit)")
+        elif not listen.path and is_plain and not is_loopback(parse_address(listen.host)) and listen.host != "localhost":
+            (place / "listen").warning(f"{listen} speaks plain HTTP beyond this host, so others may read what is sent; "
+                                       "set [server.tls], or put a TLS proxy in front and name it in security.trusted_proxies")
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors != resource.RLIM_INFINITY and server.max_connections + _OTHER_DESCRIPTORS > descriptors:
         (place / "max_connections").warning(f"{server.max_connections} connections need more than the {descriptors} descriptors that this "

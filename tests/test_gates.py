@@ -416,7 +416,9 @@ def test_messages_are_forgotten_when_no_clock_lets_them_pass_again(tmp_path):
         verified = hookshot.VerifiedBody("hmac_key", BODY, hookshot.SignedMessage(message_id, expires_ms))
         return store.submit(hookshot.parse_deploy(verified, None), trigger, at_ms, limits=limits, on_busy="queue")
 
-    def known() -> set[str]:
+    def known(at_ms: int, **bounds: int) -> set[str]:
+        while store.prune_messages(at_ms, batch=7, **bounds):
+            pass
         with contextlib.closing(sqlite3.connect(tmp_path / "state.db")) as db:
             return {row[0] for row in db.execute("SELECT id FROM messages").fetchall()}
 
@@ -425,11 +427,21 @@ def test_messages_are_forgotten_when_no_clock_lets_them_pass_again(tmp_path):
             assert submit(f"m{number}", 1000 + number, 301_000).created
         # A timestamp far ahead, taken with a window as wide: remembered until its own end.
         assert submit("ahead", 1000, 30 * day_ms).created
-        assert not submit("m0", 6 * day_ms, 6 * day_ms + 300_000).created and len(known()) == 51
+        assert len(known(6 * day_ms)) == 51
+        # Sent again, signed anew: this signature could be repeated too.
+        assert not submit("m0", 7 * day_ms, 7 * day_ms + 300_000).created
         assert submit("late", 8 * day_ms, 8 * day_ms + 300_000).created
-        assert known() == {"ahead", "late"}
+        assert known(8 * day_ms) == {"ahead", "m0", "late"} and not submit("m0", 8 * day_ms, 8 * day_ms + 300_000).created
         assert not submit("ahead", 29 * day_ms, 30 * day_ms).created
-        assert known() == {"ahead"}
+        assert known(29 * day_ms) == {"ahead"}
+        # Too many: the oldest go sooner, but none within two days.
+        for number in range(30):
+            assert submit(f"n{number}", 40 * day_ms + number, 40 * day_ms + 300_000).created
+        for number in range(5):
+            assert submit(f"o{number}", 42 * day_ms + 1000, 42 * day_ms + 300_000).created
+        assert len(known(41 * day_ms, keep=20)) == 35
+        assert known(42 * day_ms + 2000, keep=20) == {f"n{number}" for number in range(15, 30)} | {f"o{number}" for number in range(5)}
+        assert len(known(42 * day_ms + 2000, keep=1)) == 5
 
 
 def test_a_secret_of_standard_webhooks_signs_both_ways(tmp_path):

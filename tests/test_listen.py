@@ -149,6 +149,22 @@ def test_a_wrong_address_is_told_with_its_place(tmp_path, command, text, path, w
     assert line.startswith(f"  {path}: ") and words in line and not host.data.exists()
 
 
+@pytest.mark.parametrize("address, rest, is_warned", [
+    (":0", "", True), ("0.0.0.0:0", "", True), ("[::]:0", "", True), ("192.0.2.7:80", "", True), ("deploy.example:80", "", True),
+    ("127.0.0.1:0", "", False), ("127.9.9.9:0", "", False), ("[::1]:0", "", False), ("localhost:0", "", False), ("unix:@/s", "", False),
+    (":0", '[security]\ntrusted_proxies = ["192.0.2.1"]\n', False), (":0", "TLS", False)])
+def test_plain_http_beyond_this_host_is_worth_a_warning(tmp_path, address, rest, is_warned):
+    """Whoever reads along could repeat a deploy that is signed without a timestamp, and reads what is answered."""
+    if rest == "TLS":
+        files = support.make_certificates(tmp_path)
+        rest = f'[server.tls]\ncert = "{files.server}"\nkey = "{files.server_key}"\n'
+    host = Host(tmp_path, service(), listen(address.replace("@", str(tmp_path)), rest=rest))
+    done = client(host, "validate")
+    said = [line for line in done.stderr.splitlines() if "plain HTTP" in line]
+    assert done.returncode == 0 and len(said) == is_warned, done.stderr
+    assert all("warning: server.listen: " in line and "[server.tls]" in line and "security.trusted_proxies" in line for line in said)
+
+
 def test_two_free_ports_are_no_duplicates(tmp_path):
     with running(tmp_path, service(), listen("127.0.0.1:0", "127.0.0.1:0")) as host:
         assert len(set(host.urls)) == 2 and all(ask(url).status == 200 for url in host.urls)

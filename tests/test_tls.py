@@ -547,7 +547,7 @@ def test_many_handshakes_at_once_are_all_answered(host):
         assert all(pool.map(ask, range(200)))
 
 
-def test_connections_beyond_the_limit_are_closed_and_places_come_back(tmp_path, certificates):
+def test_connections_beyond_the_limit_are_told_so_and_places_come_back(tmp_path, certificates):
     def is_ready() -> bool:
         with contextlib.suppress(OSError):
             return say(host, get(b"/ready", CLOSE)).startswith(b"HTTP/1.1 200 ")
@@ -557,9 +557,14 @@ def test_connections_beyond_the_limit_are_closed_and_places_come_back(tmp_path, 
         with contextlib.ExitStack() as stack:
             for _ in range(3):
                 stack.enter_context(secure(host))
-            with plain(host) as late, contextlib.suppress(ConnectionResetError):
-                late.sendall(client_hello())
-                assert read_to_end(late) == b""
+            for content in (b"", get(), b"x"):
+                answer = say(host, content)
+                assert statuses(answer) == [503] and b"\r\nRetry-After: 5\r\n" in answer and b"\r\nConnection: close\r\n" in answer
+            # Who does not shake hands holds no place, and is gone soon; beyond a number of those, at once.
+            with plain(host) as silent:
+                assert read_to_end(silent) == b""
+            crowd = [stack.enter_context(plain(host)) for _ in range(70)]
+            wait_until(lambda: len(select.select(crowd, [], [], 0)[0]) >= 6)
         wait_until(is_ready)
 
 

@@ -47,8 +47,8 @@ def signed_request(document: dict, *, query: str = "") -> bytes:
 class Link:
     """A kept-alive connection that costs the client as little as possible."""
 
-    def __init__(self, port: int):
-        self._socket = socket.create_connection(("127.0.0.1", port))
+    def __init__(self, port: int, *, source: str = "127.0.0.1"):
+        self._socket = socket.create_connection(("127.0.0.1", port), source_address=(source, 0))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, content: bytes) -> None:
