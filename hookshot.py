@@ -5952,12 +5952,14 @@ class Listener(http.server.ThreadingHTTPServer):
             if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
                 raise FileExistsError(errno.EEXIST, "there is a file that is no socket")
             with socket.socket(socket.AF_UNIX) as probe:
-                try:
-                    probe.connect(path)
-                except ConnectionRefusedError:
-                    os.unlink(path)
-                else:
-                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+                # Else it would wait for as long as a living server's backlog is full.
+                probe.setblocking(False)
+                refused = probe.connect_ex(path)
+            if refused == errno.ECONNREFUSED:
+                os.unlink(path)
+            elif refused != errno.ENOENT:
+                code = errno.EADDRINUSE if refused in (0, errno.EAGAIN) else refused
+                raise OSError(code, os.strerror(code))
         self.socket.bind(path)
         # The server's umask let no one but its user connect until now.
         os.chmod(path, self._app.current().config.server.socket_mode)

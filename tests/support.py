@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -44,9 +45,11 @@ def wait_until(condition: Callable[[], Any], *, patience_s: float = PATIENCE_S) 
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing uses right now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """Return a TCP port that nothing uses, and that nothing gets by chance: the kernel's own choices lie above these."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("0.0.0.0", port)):
+            return port
 
 
 class Certificates(NamedTuple):

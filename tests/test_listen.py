@@ -214,6 +214,21 @@ def test_a_living_servers_socket_is_not_replaced(tmp_path):
         assert ask(host.urls[0]).status == 200
 
 
+def test_a_busy_servers_socket_is_not_waited_for(tmp_path):
+    """Its backlog is full: to connect would block for as long as it does not accept."""
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as busy, contextlib.ExitStack() as stack:
+        busy.bind(path)
+        busy.listen(0)
+        while True:
+            link = stack.enter_context(socket.socket(socket.AF_UNIX))
+            link.setblocking(False)
+            if link.connect_ex(path):
+                break
+        assert "Address already in use" in start_and_fail(Host(tmp_path, service(), listen(f"unix:{path}")))
+        assert os.path.exists(path)
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "dangling link"])
 def test_what_is_no_socket_is_not_touched(tmp_path, kind):
     path, target = tmp_path / "socket", tmp_path / "target"
