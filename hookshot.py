@@ -164,6 +164,9 @@ class Problem(NamedTuple):
     message: str
     is_warning: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.file}: {self.path}{': ' if self.path else ''}{self.message}"
+
 
 class ConfigError(HookshotError):
     """All problems of the configuration at once."""
@@ -346,6 +349,11 @@ def is_in(address: Peer, networks: Sequence[Network | str]) -> bool:
     return any(address in network for network in networks if not isinstance(network, str))
 
 
+def render_peer(address: Peer) -> str:
+    """Return the text of an address, "unix" or "unknown"."""
+    return "unknown" if address is None else str(address)
+
+
 def is_loopback(address: Peer) -> bool:
     """Return whether this is an address at which a host speaks with itself."""
     return address is not None and not isinstance(address, str) and address.is_loopback
@@ -358,6 +366,10 @@ def bucket_of(address: Peer) -> int | str | None:
     return int(address) if address.version == 4 else -1 - (int(address) >> 64)
 
 
+# What stands for every address, and the one among them by which a host reaches itself.
+_EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
 class ListenAddress(NamedTuple):
     """Where the server listens: a host ("" = every address of this host) and a port (0 = any free one), or a socket's path."""
 
@@ -368,9 +380,14 @@ class ListenAddress(NamedTuple):
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.path else f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether this is every address of the host (of one kind)."""
+        return not self.path and self.host in _EVERYWHERE
+
     def url(self, *, is_tls: bool) -> str:
         """Return the URL under which a client on this host reaches the server."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+        host = _EVERYWHERE.get(self.host, self.host)
         return str(self) if self.path else f"http{'s' * is_tls}://{self._replace(host=host)}"
 
 
@@ -2223,10 +2240,11 @@ def _render_launch(launch: Launch, command: Command, plan: Plan) -> dict[str, An
 
 
 class Accepted(NamedTuple):
-    """A deploy request is on disk."""
+    """A deploy request is on disk; `trigger` is who asked now, be it for the first time or again."""
 
     deployment: Deployment
     created: bool
+    trigger: Trigger
 
 
 class Moved(NamedTuple):
@@ -2612,7 +2630,7 @@ class RefusalThrottle:
         with self._lock:
             window = self._seen.get(source)
             if not window:
-                first = str(address)
+                first = render_peer(address)
                 if len(self._seen) >= self._MAX_SOURCES:
                     source, first = (code, "others"), "others"
                 window = self._seen.setdefault(source, [now_s, first, 0])
@@ -2633,9 +2651,9 @@ _LEVEL_OF_STATE = {State.FAILED: "error", State.ROLLBACK_FAILED: "error", State.
 
 
 def _log_accepted(log: Log, event: Accepted) -> None:
-    deployment, trigger = event.deployment, event.deployment.trigger
+    deployment, trigger = event.deployment, event.trigger
     name, message = ("deploy_accepted", f"accepted {deployment.service} {deployment.image}") if event.created else \
-        ("deploy_repeated", "the same request again; nothing runs twice")
+        ("deploy_repeated", f"asked again for {deployment.service} {deployment.image}, which is {deployment.state}; nothing runs twice")
     log.write("info", name, message, deploy_id=deployment.deploy_id, service=deployment.service, image=deployment.image,
               request_id=trigger.request_id, address=trigger.address, key_id=trigger.key_id)
 
@@ -2662,8 +2680,10 @@ def _log_command_ended(log: Log, event: CommandEnded) -> None:
 
 
 def _log_refused(log: Log, event: Refused) -> None:
-    log.write("warning", "request_refused", f"{event.method} {event.path}: {event.sentence}", request_id=event.request_id,
-              address=str(event.address), code=event.code)
+    # What could not be read has neither method nor path.
+    what = "" if event.method == "-" else f"{event.method} {event.path}: "
+    log.write("warning", "request_refused", f"{what}{event.sentence}", request_id=event.request_id, address=render_peer(event.address),
+              code=event.code)
 
 
 def _log_broken(log: Log, event: Broken) -> None:
@@ -4393,7 +4413,7 @@ class Engine:
             submission = self.store.submit(request, trigger, now_ms(), limits=self.current().config.limits, on_busy=on_busy,
                                            may_claim=has_worker)
             claimed = submission.claimed
-            self.publish(Accepted(submission.deployment, submission.created))
+            self.publish(Accepted(submission.deployment, submission.created, trigger))
         finally:
             with self._wakeup:
                 self._promised -= has_worker
@@ -4642,11 +4662,11 @@ class App:
         self.store, self.engine, self.current, self.waiters, self.publish = store, engine, current, waiters, publish
         self.is_ready = False
         self.is_closing = False
+        self.has_hinted = False
         self.started = time.monotonic()
         self.limiter = RateLimiter()
         self._signing_keys: tuple[Current | None, dict[str, SigningKey]] = (None, {})
         self.health = HealthCache()
-
 
     def signing_keys(self, current: Current) -> Mapping[str, SigningKey]:
         """Return every key that may sign for any service, by the name of its secret; put together once for each `current`."""
@@ -4755,9 +4775,10 @@ def admit(app: App, request: Request) -> tuple[Route, Fields]:
     security = current.config.security
     address = client_address(request, security.trusted_proxies)
     if security.allowed_ips and not is_in(address, security.allowed_ips):
-        raise HookshotError("access_denied", "this address may not use the server")
+        _hint_at_proxy(app, request)
+        raise HookshotError("access_denied", "this address may not use the server (security.allowed_ips)")
     route = find_route(request.method, request.path, current.config)
-    headers = () if route and route.gate == "open" or not security.rate_limit else _check_rate(app, address, security.rate_limit)
+    headers = () if route and route.gate == "open" or not security.rate_limit else _check_rate(app, request, address, security.rate_limit)
     try:
         if not route:
             raise _no_route(request, current.config)
@@ -4771,12 +4792,25 @@ def admit(app: App, request: Request) -> tuple[Route, Fields]:
     return route, headers
 
 
-def _check_rate(app: App, address: Peer, per_minute: int) -> Fields:
+def _hint_at_proxy(app: App, request: Request) -> None:
+    """Say once that a neighbour's forwarding headers are not believed: it may be a proxy, and all its clients count as one."""
+    peer = request.peer
+    is_neighbour = peer == UNIX_PEER or (peer is not None and not isinstance(peer, str) and peer.is_private)
+    if app.has_hinted or not is_neighbour or not any(name in request.headers for name in _FORWARDING_HEADERS) \
+            or is_in(peer, app.current().config.security.trusted_proxies):
+        return
+    app.has_hinted = True
+    app.publish(Trouble(f"forwarding headers from {peer} are not believed, so all its clients count as one; if it is your proxy, "
+                        "add it to security.trusted_proxies"))
+
+
+def _check_rate(app: App, request: Request, address: Peer, per_minute: int) -> Fields:
     """Return RateLimit headers (draft-ietf-httpapi-ratelimit-headers-10), or raise `rate_limited` with them."""
     allowance = app.limiter.admit(address, time.monotonic(), per_minute=per_minute)
     headers = (("RateLimit-Policy", f'"default";q={per_minute};w=60'), ("RateLimit", f'"default";r={allowance.left};t={allowance.reset_s}'))
     if allowance.wait_s:
-        raise HookshotError("rate_limited", "too many requests from this address; slow down", retry_after_s=int(allowance.wait_s) + 1,
+        _hint_at_proxy(app, request)
+        raise HookshotError("rate_limited", f"too many requests from this address: at most {per_minute} a minute (security.rate_limit)", retry_after_s=int(allowance.wait_s) + 1,
                             headers=headers)
     return headers
 
@@ -4788,7 +4822,7 @@ def _check_read_access(current: Current, request: Request) -> None:
     has_token = token is not None and scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1", "replace"), token)
     if not (mode == "open" or has_token or (mode == "local" and _is_local(request))):
         raise HookshotError("authentication", "reading needs the bearer token (secret read_token)"
-                            + (" or a request from this host itself" if mode == "local" else ""))
+                            + (", or a request straight from this host to localhost" if mode == "local" else ""))
 
 
 def find_route(method: str, path: str, config: Config) -> Route | None:
@@ -4914,7 +4948,7 @@ def handle_deploy(app: App, request: Request) -> Response:
     wait_s = parse_wait(request.query, request.headers.get("prefer"))
     service = _service_for(current, deploy)
     check_request(service, deploy)
-    trigger = Trigger(str(client_address(request, current.config.security.trusted_proxies)), deploy.key_id,
+    trigger = Trigger(render_peer(client_address(request, current.config.security.trusted_proxies)), deploy.key_id,
                       _plain_text(request.headers.get("user-agent")), request.request_id)
     draft = new_deployment(deploy, trigger, deploy.deploy_id or new_deploy_id(now_ms()), now_ms())
     if deploy.dry_run:
@@ -5468,13 +5502,13 @@ def load_tls(files: Tls, place: Place) -> Any:
         except OSError as error:
             (place / name).problem(f"{path} cannot be read: {error.strerror}")
             return None
-    try:
-        # Without the password argument OpenSSL would ask for a passphrase on the terminal.
-        context.load_cert_chain(files.cert, files.key, password=lambda: b"")
-    except (ssl.SSLError, ValueError) as error:
-        why = {"KEY_VALUES_MISMATCH": "do not belong together"}.get(getattr(error, "reason", "") or "", "are not a certificate and its key "
-                                                                    "in PEM (a key with a passphrase cannot be used)")
-        (place / "cert").problem(f"{files.cert} and {files.key} {why}")
+    if problem := load_chain(context, files.cert, files.key):
+        (place / problem[0]).problem(problem[1])
+    else:
+        if why := _why_not_trusted(context, files.cert):
+            (place / "cert").warning(f"clients will not trust {files.cert}: {why}")
+        if os.stat(files.key).st_mode & stat.S_IROTH:
+            (place / "key").warning(f"{files.key} can be read by every user of this host; run chmod o= on it")
     if files.client_ca:
         context.verify_mode = ssl.CERT_REQUIRED
         try:
@@ -5482,6 +5516,67 @@ def load_tls(files: Tls, place: Place) -> Any:
         except (ssl.SSLError, ValueError):
             (place / "client_ca").problem(f"{files.client_ca} holds no certificates in PEM")
     return context
+
+
+def load_chain(context: Any, cert: str, key: str) -> tuple[str, str] | None:
+    """Have an SSLContext show a certificate; return which file is at fault ("cert" or "key") and why if it cannot."""
+    try:
+        # Without the password argument OpenSSL would ask for a passphrase on the terminal.
+        context.load_cert_chain(cert, key, password=lambda: b"")
+    except (ssl.SSLError, ValueError) as error:
+        if "-----BEGIN CERTIFICATE-----" not in _read_pem(cert):
+            return "cert", f"{cert} holds no certificate in PEM"
+        if "PRIVATE KEY-----" not in _read_pem(key):
+            return "key", f"{key} holds no private key in PEM"
+        if "ENCRYPTED" in _read_pem(key):
+            return "key", f"{key} has a passphrase, so it cannot be used; take it off with `openssl pkey`"
+        reason = getattr(error, "reason", None) or ""
+        if "MISMATCH" in reason or reason == "NO_CERTIFICATE_ASSIGNED":  # of another kind, as RSA and EC
+            return "key", f"{cert} and {key} do not belong together"
+        return "cert", f"{cert} and {key} cannot be used{': ' if reason else ''}{words_of(reason)}"
+    return None
+
+
+def _read_pem(path: str) -> str:
+    try:
+        return read_text(path)
+    except (OSError, ValueError):
+        return ""
+
+
+def words_of(reason: str) -> str:
+    """Return OpenSSL's name of an error as words: EE_KEY_TOO_SMALL is "ee key too small"."""
+    return reason.replace("_", " ").lower()
+
+
+def pin_certificate(file: str) -> Any:
+    """Return the context of a client that trusts the first certificate in a file and no other, whatever name it has."""
+    # Its issuers' certificates, which may follow, would vouch for other servers too.
+    own, end, _ = read_text(file).partition("-----END CERTIFICATE-----")
+    context = ssl.create_default_context(cadata=own + end)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def _why_not_trusted(context: Any, cert: str) -> str | None:
+    """Return what a client that trusts this very certificate finds wrong with it (it has expired, say): shake hands in memory."""
+    pipes = ssl.MemoryBIO(), ssl.MemoryBIO()
+    try:
+        client, server = pin_certificate(cert).wrap_bio(*pipes), context.wrap_bio(*reversed(pipes), server_side=True)
+    except (ssl.SSLError, ValueError):
+        return None
+    for _ in range(3):
+        for side in (client, server):
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            except ssl.SSLCertVerificationError as error:
+                return error.verify_message
+            except ssl.SSLError:
+                return None
+    return None
 
 
 # What a conversation waits for when it yields: bytes, room to send, the first byte, a TLS handshake, its next turn, or
@@ -5548,7 +5643,7 @@ class _Connection:
             self._watch(selectors.EVENT_WRITE if waits_for is _WRITE else selectors.EVENT_READ)
         except OSError as error:
             if waits_for is _SHAKE:
-                why = getattr(error, "reason", None) or error.strerror or "the client left"
+                why = words_of(getattr(error, "reason", None) or error.strerror or "the client left")
                 refuse(self._app, _blank_request(self.peer), HookshotError("bad_request", f"the TLS handshake failed: {why}"))
                 self._go_on(error=_Hangup())
             else:
@@ -5950,7 +6045,7 @@ class Listener(http.server.ThreadingHTTPServer):
         path = self.listen.path
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
-                raise FileExistsError(errno.EEXIST, "there is a file that is no socket")
+                raise FileExistsError(errno.EEXIST, "something that is no socket is there already")
             with socket.socket(socket.AF_UNIX) as probe:
                 # Else it would wait for as long as a living server's backlog is full.
                 probe.setblocking(False)
@@ -6299,6 +6394,13 @@ class Signals:
         return os.read(self._read, 1)[0] if poll.poll(None if timeout_s is None else timeout_s * 1000) else None
 
 
+_LISTEN_ADVICE = {
+    errno.EADDRINUSE: "end the program that uses it, or choose another with --port or server.listen",
+    errno.EADDRNOTAVAIL: "it is no address of this host; choose one with --bind or server.listen",
+    errno.EACCES: "ports below 1024 need CAP_NET_BIND_SERVICE, and a socket a folder that this user may write to",
+    errno.EEXIST: "remove what is there, or choose another path in server.listen"}
+
+
 class Daemon:
     """One server: its parts, built together. start(), then stop(); run() does both around the signals."""
 
@@ -6370,6 +6472,7 @@ class Daemon:
             self._listen(address)
         is_tls = self._current.tls is not None
         self.urls = [listener.listen.url(is_tls=is_tls and listener.is_tcp) for listener in self._server.listeners]
+        shown = [url + " (all addresses)" * listener.listen.is_everywhere for url, listener in zip(self.urls, self._server.listeners)]
         self._reader = self._begin("reader", self._server.serve)
         self.engine.recover()
         self.engine.start()
@@ -6377,9 +6480,16 @@ class Daemon:
         # What exists now stays for ever: the garbage collector need not look at it again and again.
         gc.freeze()
         self.app.is_ready = True
+        self._tell_warnings()
+        self.publish(Noted("started", f"hookshot {__version__} listens on {' and '.join(shown)}, {self._count_services()}"))
+
+    def _tell_warnings(self) -> None:
         for warning in self.warnings:
-            self.log.write("warning", "config_warning", f"{warning.file}: {warning.path} {warning.message}")
-        self.publish(Noted("started", f"hookshot {__version__} listens on {' and '.join(self.urls)}, {len(self._current.services.by_name)} services"))
+            self.log.write("warning", "config_warning", str(warning))
+
+    def _count_services(self) -> str:
+        number = len(self._current.services.by_name)
+        return f"{number} service{'s' * (number != 1)}"
 
     def _listen(self, address: ListenAddress) -> None:
         try:
@@ -6388,8 +6498,8 @@ class Daemon:
             for listener in self._server.listeners:
                 listener.server_close()
             self._parts.close()
-            raise HookshotError("config", f"cannot listen on {address}: {error.strerror}; "
-                                          "end the program that uses it, or choose another with --port or server.listen") from None
+            advice = _LISTEN_ADVICE.get(error.errno or 0, "choose another with --bind or server.listen")
+            raise HookshotError("config", f"cannot listen on {address}: {error.strerror}; {advice}") from None
 
     def _begin(self, name: str, work: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=work, name=name, daemon=True)
@@ -6446,7 +6556,7 @@ class Daemon:
             loaded = self._load()
         except ConfigError as error:
             for problem in error.problems:
-                self.log.write("error", "reload_failed", f"{problem.file}: {problem.path} {problem.message}")
+                self.log.write("error", "reload_failed", str(problem))
             self.publish(Trouble("the new configuration is not taken; the old one stays in force"))
             return False
         before = self._current.config
@@ -6458,7 +6568,8 @@ class Daemon:
             loaded = loaded._replace(tls=loaded.tls if server is not before.server else self._current.tls, config=loaded.config._replace(
                 server=server, storage=loaded.config.storage._replace(data_dir=before.storage.data_dir)))
         self._take(loaded)
-        self.publish(Noted("reloaded", f"configuration and secrets are read again, {len(loaded.services.by_name)} services"))
+        self._tell_warnings()
+        self.publish(Noted("reloaded", f"configuration, secrets and certificates are read again, {self._count_services()}"))
         return True
 
     def _take(self, loaded: Current) -> None:
@@ -6473,7 +6584,7 @@ class Daemon:
         keyring = load_keyring(current.config, current.services, self._surroundings, self._paths[0], problems)
         if has_errors(problems):
             for problem in problems:
-                self.log.write("error", "secrets_failed", f"{problem.file}: {problem.path} {problem.message}; the old secrets stay in force")
+                self.log.write("error", "secrets_failed", f"{problem}; the old secrets stay in force")
         elif keyring.values != current.keyring.values:
             self._take(current._replace(keyring=keyring))
             self.publish(Noted("secrets_reloaded", "secrets have changed and are in force"))
@@ -6509,6 +6620,8 @@ _READ_TIMEOUT_S = 60.0
 # How long a follower keeps trying to reach a server that has gone: a restart takes seconds.
 _RECONNECT_S = 60.0
 _POLL_WAIT_S = 20
+# "Try again in a minute" may be over sooner, and asking costs nothing.
+_MAX_PAUSE_S = 10.0
 
 
 class Reply(NamedTuple):
@@ -6516,6 +6629,10 @@ class Reply(NamedTuple):
 
     status: int
     document: Any
+
+
+# By OpenSSL's X509_V_ERR codes (x509_vfy.h): not yet valid, expired, another name, another address.
+_VERIFY_ADVICE = {9: "check this host's clock", 10: "have it renewed", 62: "use a name that it has", 64: "use a name or an address that it has"}
 
 
 class Trust(NamedTuple):
@@ -6531,21 +6648,17 @@ class Trust(NamedTuple):
         if not ssl:
             raise HookshotError("config", "https:// needs Python's ssl module, which this Python lacks")
         try:
-            if self.is_pinned and self.ca:
-                # This very certificate, whoever issued it and for whatever name: the first in the server's own file. Its issuers',
-                # which may follow, would vouch for other servers too.
-                own, end, _ = read_text(self.ca).partition("-----END CERTIFICATE-----")
-                context = ssl.create_default_context(cadata=own + end)
-                context.check_hostname = False
-                context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-            else:
-                context = ssl.create_default_context(cafile=self.ca)
+            file = self.ca
+            context = pin_certificate(self.ca) if self.is_pinned and self.ca else ssl.create_default_context(cafile=self.ca)
             if self.cert:
-                context.load_cert_chain(self.cert, self.cert_key, password=lambda: b"")
-        except (OSError, ValueError) as error:
-            files = ", ".join(file for file in (self.ca, self.cert, self.cert_key) if file)
-            raise HookshotError("config", f"certificates cannot be loaded from {files}: {error.strerror or error}"
-                                if isinstance(error, OSError) else f"certificates cannot be loaded from {files}") from None
+                for file in (self.cert, self.cert_key or self.cert):
+                    read_text(file)
+                if problem := load_chain(context, self.cert, self.cert_key or self.cert):
+                    raise HookshotError("config", problem[1] + ("" if self.cert_key else "; name its key with --cert-key"))
+        except (ssl.SSLError, ValueError):
+            raise HookshotError("config", f"{file} holds no certificates in PEM") from None
+        except OSError as error:
+            raise HookshotError("config", f"{file} cannot be read: {error.strerror}") from None
         return context
 
 
@@ -6655,9 +6768,20 @@ class Client:
         return http.client.HTTPConnection(host, port, timeout=_CONNECT_TIMEOUT_S)
 
     def _unreachable(self, error: BaseException) -> HookshotError:
+        reason = getattr(error, "reason", None)
         if why := getattr(error, "verify_message", None):
-            return HookshotError("unreachable", f"the certificate of {self.url} is not trusted: {why.rstrip('.')}; name its authority with --ca")
+            advice = _VERIFY_ADVICE.get(getattr(error, "verify_code", 0)) or (
+                "it shows another one than config.toml names; send it SIGHUP" if self._trust.is_pinned else "name its authority with --ca")
+            return HookshotError("unreachable", f"the certificate of {self.url} is not trusted: {why.rstrip('.')}; {advice}")
+        if isinstance(reason, str) and "ALERT" in reason:
+            given = f"does not accept the client certificate {self._trust.cert}" if self._trust.cert else \
+                "may want a client certificate; name yours with --cert and --cert-key"
+            return HookshotError("access_denied", f"{self.url} refused the TLS handshake ({words_of(reason)}) and {given}")
+        if isinstance(reason, str):
+            return HookshotError("unreachable", f"{self.url} does not speak TLS ({words_of(reason)}); if it speaks plain HTTP, use http://")
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, PermissionError):
+            return HookshotError("unreachable", f"{self.url} may not be used by this user: {why}; server.socket_mode and the folder say who may")
         return HookshotError("unreachable", f"{self.url} cannot be reached: {why}; is the server running, and is the URL right?")
 
     def _document(self, response: http.client.HTTPResponse) -> Reply:
@@ -6666,10 +6790,12 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from None
         except ValueError:
-            raise HookshotError("unreachable", f"{self.url} answered {response.status} without JSON; is this a Hookshot server?") from None
+            advice = "a proxy answers, and the server behind it does not" if response.status in (502, 503, 504) else "is this a Hookshot server?"
+            raise HookshotError("unreachable", f"{self.url} answered {response.status} without JSON; {advice}") from None
         if isinstance(document, dict) and "code" in document and "error" in document and response.status >= 400:
-            name = KIND_OF_CODE.get(str(document["code"]), "internal")
-            raise HookshotError(name, f"{self.url} refused: {escape_controls(str(document['error']))}")
+            name, pause = KIND_OF_CODE.get(str(document["code"]), "internal"), response.getheader("Retry-After", "")
+            raise HookshotError(name, f"{self.url} refused: {escape_controls(str(document['error']))}",
+                                retry_after_s=int(pause) if re.fullmatch(r"\d{1,5}", pause, re.ASCII) else None)
         return Reply(response.status, document)
 
 
@@ -6718,16 +6844,43 @@ class ProgressLine:
         sys.stderr.flush()
 
 
+class _Contact:
+    """How long a server has not been heard of, and so whether it makes sense to try again."""
+
+    def __init__(self) -> None:
+        self._since, self._is_lost = time.monotonic(), False
+
+    def note(self) -> None:
+        """The server has answered."""
+        self._since, self._is_lost = time.monotonic(), False
+
+    def wait(self, error: HookshotError, deadline: float) -> None:
+        """Sleep until another try makes sense; raise the error if none does."""
+        if error.name != "unreachable" and error.kind.exit != ERRORS["busy"].exit:
+            raise error
+        pause_s = 1.0
+        if error.name != "unreachable":
+            # "Try again later" is an answer too: a server that drains gives it for as long as its deployments run.
+            self.note()
+            pause_s = min(error.retry_after_s or pause_s, _MAX_PAUSE_S)
+        elif time.monotonic() - self._since > _RECONNECT_S:
+            raise error
+        elif not self._is_lost:
+            self._is_lost = True
+            print(f"{error.sentence.partition(';')[0]}; trying again for {_RECONNECT_S:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(max(0.0, min(pause_s, deadline - time.monotonic())))
+
+
 def follow_deployment(client: Client, deploy_id: str, body: bytes | None, line: ProgressLine, deadline: float) -> str | None:
     """Show the log until the deployment ends; return its status, or None when the deadline came first.
 
     Survives a restart of the server. Where reading is not allowed, asks with the signed request itself (`body`).
     """
-    last_id, contact = "", time.monotonic()
+    last_id, contact = "", _Contact()
     while (left_s := deadline - time.monotonic()) > 0:
         try:
             for event, event_id, data in client.follow(deploy_id, last_id, left_s):
-                contact = time.monotonic()
+                contact.note()
                 if event == "end":
                     status = str(json.loads(data).get("status"))
                     if status in TERMINAL:
@@ -6736,33 +6889,29 @@ def follow_deployment(client: Client, deploy_id: str, body: bytes | None, line: 
                 if event:
                     last_id = event_id
                     line.print(data)
-                if contact >= deadline:
+                if time.monotonic() >= deadline:
                     return None
+            time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
         except HookshotError as error:
             if error.name == "authentication" and body is not None:
                 print("the log cannot be read from here (it needs the read token); waiting for the outcome", file=sys.stderr)
-                return _wait_for_outcome(client, body, deadline)
-            if error.name != "unreachable" or time.monotonic() - contact > _RECONNECT_S:
-                raise
-        time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
+                outcome = wait_for_outcome(client, body, deadline)
+                return outcome and str(outcome["status"])
+            contact.wait(error, deadline)
     return None
 
 
-def _wait_for_outcome(client: Client, body: bytes, deadline: float) -> str | None:
-    contact = time.monotonic()
+def wait_for_outcome(client: Client, body: bytes, deadline: float) -> Mapping[str, Any] | None:
+    """Return what the server says of the ended deployment of a request, or None when the deadline came first."""
+    contact = _Contact()
     while (left_s := deadline - time.monotonic()) > 0:
         try:
-            status = client.post_deploy(body, wait_s=max(1, min(_POLL_WAIT_S, int(left_s)))).document.get("status")
-            contact = time.monotonic()
+            document = client.post_deploy(body, wait_s=max(1, min(_POLL_WAIT_S, int(left_s)))).document
+            contact.note()
+            if document.get("status") in TERMINAL:
+                return document
         except HookshotError as error:
-            if error.name != "unreachable" and error.kind.exit != 75 or time.monotonic() - contact > _RECONNECT_S:
-                raise
-            # "Try again later" is an answer too: a server that drains gives it for as long as its deployments run.
-            contact = contact if error.name == "unreachable" else time.monotonic()
-            status = None
-            time.sleep(max(0.0, min(2.0, deadline - time.monotonic())))
-        if status in TERMINAL:
-            return str(status)
+            contact.wait(error, deadline)
     return None
 
 
@@ -6800,7 +6949,8 @@ def _paths(args: argparse.Namespace) -> tuple[str, str]:
 def _print_problems(problems: Iterable[Problem]) -> None:
     for file, group in itertools.groupby(sorted(problems, key=lambda problem: problem.file), key=lambda problem: problem.file):
         found = list(group)
-        _say(f"{file}: {len(found)} problem{'s' * (len(found) != 1)}")
+        kind = "problem" if has_errors(found) else "warning"
+        _say(f"{file}: {len(found)} {kind}{'s' * (len(found) != 1)}")
         for problem in found:
             label = "warning: " if problem.is_warning else ""
             _say(f"  {label}{problem.path}{': ' if problem.path else ''}{problem.message}")
@@ -6813,7 +6963,7 @@ def _overrides(args: argparse.Namespace) -> Callable[[Config], Config]:
         if args.bind is not None or args.port is not None:
             # In place of everything in the file: one address, what is not given taken from the file's first with a port.
             first = next((address for address in listen if not address.path), ListenAddress("127.0.0.1", 8080))
-            listen = (first._replace(host=first.host if args.bind is None else args.bind.strip("[]"),
+            listen = (first._replace(host=first.host if args.bind is None else args.bind,
                                      port=first.port if args.port is None else args.port),)
         logging = config.logging._replace(format=args.log_format or config.logging.format, level=args.log_level or config.logging.level)
         return config._replace(server=config.server._replace(listen=listen), logging=logging)
@@ -6928,29 +7078,40 @@ def _client_settings(args: argparse.Namespace) -> tuple[Settings | None, Keyring
 
 def _read_key_file(path: str) -> bytes:
     try:
-        key = read_text(path, 1 << 16).strip().encode()
+        text = read_text(path, 1 << 16).strip()
     except (OSError, ValueError) as error:
         raise HookshotError("config", f"the key file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if problem := check_key(key):
-        raise HookshotError("config", f"the key in {path} {problem}")
-    return key
+    if "\n" in text or "PRIVATE KEY" in text or re.match(r"[A-Za-z0-9_.-]+\s*=\s*\S", text):
+        raise HookshotError("config", f"{path} holds more than a key; a key file holds the key alone, as `hookshot keygen` prints it")
+    return _checked_key(text, f"the key in {path}")
+
+
+def _checked_key(text: str, name: str) -> bytes:
+    if problem := check_key(text.encode()):
+        raise HookshotError("config", f"{name} {problem}")
+    return text.encode()
 
 
 def _url_of(server: Server) -> str:
-    """Return the URL of a server on this host: a TCP address if it has one."""
-    address = next((address for address in server.listen if not address.path), server.listen[0])
+    """Return the URL of a server on this host: a TCP address if it has one at which no client certificate is asked for."""
+    address = next((address for address in server.listen if bool(address.path) == bool(server.tls.client_ca)), server.listen[0])
     return address.url(is_tls=bool(server.tls.cert) and not address.path)
 
 
 def _client(args: argparse.Namespace) -> Client:
     """Return the client: URL, key and certificates from flags, environment, or the server's own files, in this order."""
+    if args.url == "":
+        raise HookshotError("usage", "--url is empty; write http://host:port, https://host or unix:/path")
     given = {name: os.environ.pop(name, None) for name in ("HOOKSHOT_HMAC_KEY", "HOOKSHOT_READ_TOKEN")}
     url = args.url or os.environ.get("HOOKSHOT_URL")
     key_file = args.key_file or os.environ.get("HOOKSHOT_KEY_FILE")
-    key = _read_key_file(key_file) if key_file else (given["HOOKSHOT_HMAC_KEY"] or "").encode() or None
+    text = given["HOOKSHOT_HMAC_KEY"]
+    key = _read_key_file(key_file) if key_file else _checked_key(text, "the key in HOOKSHOT_HMAC_KEY") if text else None
     token = given["HOOKSHOT_READ_TOKEN"]
     trust = Trust(args.ca or os.environ.get("HOOKSHOT_CA"), args.cert or os.environ.get("HOOKSHOT_CERT"),
                   args.cert_key or os.environ.get("HOOKSHOT_CERT_KEY"))
+    if trust.cert_key and not trust.cert:
+        raise HookshotError("usage", f"--cert-key {trust.cert_key} needs the certificate that it belongs to: --cert")
     if not url or not key or not token:
         settings, keyring = _client_settings(args)
         if not url and settings and settings.config.server.tls.cert and not trust.ca:
@@ -6987,17 +7148,22 @@ def deploy(args: argparse.Namespace) -> int:
     if not args.wait:
         _print_json(reply.document) if args.json else print(deploy_id)
         return EXIT_OK
-    status = reply.document.get("status")
-    if status not in TERMINAL:
-        status = _follow(client, args, deploy_id, body)
-    if status is None:
+    try:
+        status = reply.document.get("status")
+        if status not in TERMINAL:
+            status = _follow(client, args, deploy_id, body)
+        outcome = status and wait_for_outcome(client, body, time.monotonic() + args.timeout)
+    except HookshotError as error:
+        # Whatever kept the client from following it, the deployment was accepted: no exit status may look like a refusal.
+        _say(f"{error.sentence}\n{deploy_id} was accepted and goes on; look at it with: hookshot status {deploy_id}")
+        return EXIT_STILL_RUNNING
+    if outcome is None:
         _say(f"{deploy_id} still runs after {args.timeout} s; look at it with: hookshot status {deploy_id}")
         return EXIT_STILL_RUNNING
-    outcome = client.post_deploy(body, wait_s=1).document
     if args.json:
         _print_json(outcome)
     _say(_describe_outcome(outcome))
-    return EXIT_OF_STATE[State(status)]
+    return EXIT_OF_STATE[State(outcome["status"])]
 
 
 def _follow(client: Client, args: argparse.Namespace, deploy_id: str, body: bytes | None) -> str | None:
@@ -7152,8 +7318,8 @@ def _demo_deploy(client: Client, image: str, expected: State, words: str) -> boo
     deploy_id = client.post_deploy(body).document["deploy_id"]
     with ProgressLine("web") as line:
         found = follow_deployment(client, deploy_id, body, line, time.monotonic() + 60)
-    outcome = client.post_deploy(body, wait_s=1).document
-    print(f"-> {_describe_outcome(outcome)}", flush=True)
+    outcome = wait_for_outcome(client, body, time.monotonic() + 60)
+    print(f"-> {_describe_outcome(outcome or {})}", flush=True)
     return found == expected
 
 
@@ -7188,6 +7354,17 @@ def _duration_argument(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _host_argument(text: str) -> str:
+    host = text[1:-1] if text[:1] + text[-1:] == "[]" else text
+    try:
+        if not host or (":" in host and not ipaddress.ip_address(host)):
+            raise ValueError
+        return parse_listen(f"[{host}]:0" if ":" in host else f"{host}:0").host
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a host; write 127.0.0.1, ::1 or a name, 0.0.0.0 or :: for every address, "
+                                         "and the port with --port") from None
+
+
 _JSON = _argument("--json", action="store_true", help="print JSON")
 _TO_SERVER = (_argument("--url", metavar="URL", help="the server; else $HOOKSHOT_URL, else as config.toml says"),
               _argument("--key-file", metavar="FILE", help="file that holds the key; else $HOOKSHOT_HMAC_KEY, else the server's secrets"),
@@ -7197,8 +7374,8 @@ _TO_SERVER = (_argument("--url", metavar="URL", help="the server; else $HOOKSHOT
 
 COMMANDS: dict[str, CliCommand] = {
     "run": CliCommand(run_server, "serve until SIGTERM or Ctrl-C (the default)", (
-        _argument("--bind", metavar="ADDRESS", help="address to listen on instead of the file's"),
-        _argument("--port", type=_number(0, 65535), help="port to listen on instead of the file's"),
+        _argument("--bind", type=_host_argument, metavar="HOST", help="listen on this host's address alone, instead of the file's"),
+        _argument("--port", type=_number(0, 65535), help="listen on this port alone, instead of the file's"),
         _argument("--log-format", choices=("json", "pretty"), help="instead of the file's"))),
     "validate": CliCommand(validate, "check both files, secrets, directories and programs; print every problem", (_JSON,)),
     "version": CliCommand(version, "print version, Python, SQLite, platform and build digest", (_JSON,)),

@@ -604,8 +604,8 @@ def test_without_the_right_client_certificate_the_sentence_says_so(mutual, certi
     for _ in range(5):
         done = run("deploy", "web", "app:1", "--id", "uninvited", "--url", mutual, "--ca", certificates.ca, *given,
                    env={"HOOKSHOT_HMAC_KEY": KEY})
-        assert done.returncode == 69 and done.stdout == "" and is_one_sentence(done.stderr)
-        assert "certificate" in done.stderr or "unknown ca" in done.stderr
+        assert done.returncode == 77 and done.stdout == "" and is_one_sentence(done.stderr)
+        assert f"does not accept the client certificate {given[1]}" in done.stderr if given else "name yours with --cert" in done.stderr
     done = run("status", "uninvited", "--url", mutual, "--ca", certificates.ca, "--cert", certificates.client,
                "--cert-key", certificates.client_key)
     assert done.returncode == 65

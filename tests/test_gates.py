@@ -662,7 +662,7 @@ def doorman(tmp_path_factory):
 
 def address_of(peer: str, headers: dict[str, str], trusted: list[str]) -> str:
     request = hookshot.Request("GET", "/", {}, headers, b"", hookshot.parse_address(peer), "r")
-    return str(hookshot.client_address(request, [hookshot.parse_peers(text) for text in trusted]))
+    return hookshot.render_peer(hookshot.client_address(request, [hookshot.parse_peers(text) for text in trusted]))
 
 
 FORWARDED = {
@@ -685,29 +685,29 @@ FORWARDED = {
     "mapped proxy": ("127.0.0.1", {"x-forwarded-for": "198.51.100.7, ::ffff:10.0.0.1"}, ["127.0.0.1", "10.0.0.1"], "198.51.100.7"),
     "mapped peer": ("::ffff:127.0.0.1", {"x-forwarded-for": "198.51.100.7"}, ["127.0.0.1"], "198.51.100.7"),
     "IPv6 proxy": ("2001:db8::1", {"x-forwarded-for": "198.51.100.7, 2001:db8::2"}, ["2001:db8::/32"], "198.51.100.7"),
-    "noise": ("127.0.0.1", {"x-forwarded-for": "evil"}, ["127.0.0.1"], "None"),
+    "noise": ("127.0.0.1", {"x-forwarded-for": "evil"}, ["127.0.0.1"], "unknown"),
     "noise to the left": ("127.0.0.1", {"x-forwarded-for": "evil, 198.51.100.7"}, ["127.0.0.1"], "198.51.100.7"),
-    "noise after a proxy": ("127.0.0.1", {"x-forwarded-for": "198.51.100.7, evil, 10.0.0.1"}, ["127.0.0.1", "10.0.0.1"], "None"),
-    "empty": ("127.0.0.1", {"x-forwarded-for": ""}, ["127.0.0.1"], "None"),
-    "trailing comma": ("127.0.0.1", {"x-forwarded-for": "198.51.100.7,"}, ["127.0.0.1"], "None"),
+    "noise after a proxy": ("127.0.0.1", {"x-forwarded-for": "198.51.100.7, evil, 10.0.0.1"}, ["127.0.0.1", "10.0.0.1"], "unknown"),
+    "empty": ("127.0.0.1", {"x-forwarded-for": ""}, ["127.0.0.1"], "unknown"),
+    "trailing comma": ("127.0.0.1", {"x-forwarded-for": "198.51.100.7,"}, ["127.0.0.1"], "unknown"),
     "Forwarded": ("127.0.0.1", {"forwarded": "for=198.51.100.7"}, ["127.0.0.1"], "198.51.100.7"),
     "Forwarded, parameters": (
         "127.0.0.1", {"forwarded": 'For="198.51.100.7:80";proto=https;by=10.0.0.1;host=x'}, ["127.0.0.1"], "198.51.100.7"),
     "Forwarded, IPv6": ("127.0.0.1", {"forwarded": 'for="[2001:db8::7]:4711"'}, ["127.0.0.1"], "2001:db8::7"),
     "Forwarded, hops": (
         "127.0.0.1", {"forwarded": "for=1.1.1.1, for=198.51.100.7;proto=http, for=10.0.0.1"}, ["127.0.0.1", "10.0.0.1"], "198.51.100.7"),
-    "Forwarded, obfuscated": ("127.0.0.1", {"forwarded": "for=_hidden"}, ["127.0.0.1"], "None"),
-    "Forwarded, unknown": ("127.0.0.1", {"forwarded": "for=1.1.1.1, for=unknown"}, ["127.0.0.1"], "None"),
+    "Forwarded, obfuscated": ("127.0.0.1", {"forwarded": "for=_hidden"}, ["127.0.0.1"], "unknown"),
+    "Forwarded, unknown": ("127.0.0.1", {"forwarded": "for=1.1.1.1, for=unknown"}, ["127.0.0.1"], "unknown"),
     "Forwarded, a quote left open": ("127.0.0.1", {"forwarded": 'for=127.0.0.1;x=", for=198.51.100.7'}, ["127.0.0.1"], "198.51.100.7"),
-    "Forwarded, a hop that says no address": ("127.0.0.1", {"forwarded": "for=127.0.0.1, proto=https"}, ["127.0.0.1"], "None"),
+    "Forwarded, a hop that says no address": ("127.0.0.1", {"forwarded": "for=127.0.0.1, proto=https"}, ["127.0.0.1"], "unknown"),
     "Forwarded, no address at all": ("127.0.0.1", {"forwarded": "proto=https"}, ["127.0.0.1"], "127.0.0.1"),
     "Forwarded, nothing but the scheme": (
         "127.0.0.1", {"forwarded": "proto=https", "x-forwarded-for": "198.51.100.7"}, ["127.0.0.1"], "198.51.100.7"),
-    "Forwarded, a hop that says two": ("127.0.0.1", {"forwarded": "for=198.51.100.7;for=127.0.0.1"}, ["127.0.0.1"], "None"),
+    "Forwarded, a hop that says two": ("127.0.0.1", {"forwarded": "for=198.51.100.7;for=127.0.0.1"}, ["127.0.0.1"], "unknown"),
     "both agree": ("127.0.0.1", {"forwarded": "for=198.51.100.7", "x-forwarded-for": "198.51.100.7"}, ["127.0.0.1"], "198.51.100.7"),
-    "both differ": ("127.0.0.1", {"forwarded": "for=127.0.0.1", "x-forwarded-for": "198.51.100.7"}, ["127.0.0.1"], "None"),
+    "both differ": ("127.0.0.1", {"forwarded": "for=127.0.0.1", "x-forwarded-for": "198.51.100.7"}, ["127.0.0.1"], "unknown"),
     "other headers": ("127.0.0.1", {"x-real-ip": "198.51.100.7", "x-client-ip": "198.51.100.7"}, ["127.0.0.1"], "127.0.0.1"),
-    "a unix socket": ("127.0.0.1", {"x-forwarded-for": "unix"}, ["127.0.0.1", "unix"], "None"),
+    "a unix socket": ("127.0.0.1", {"x-forwarded-for": "unix"}, ["127.0.0.1", "unix"], "unknown"),
 }
 
 
@@ -720,7 +720,7 @@ def test_a_forwarded_address_is_the_first_from_the_right_that_is_no_proxy(name):
 @pytest.mark.parametrize("headers, address", [
     ([("X-Forwarded-For", "1.1.1.1"), ("X-Forwarded-For", "198.51.100.7")], "198.51.100.7"),
     ([("Forwarded", "for=1.1.1.1"), ("Forwarded", 'for="[2001:db8::7]:1"')], "2001:db8::7"),
-    ([("X-Forwarded-For", "evil")], "None")])
+    ([("X-Forwarded-For", "evil")], "unknown")])
 def test_a_trusted_proxy_names_the_client_in_the_record(proxied, headers, address):
     with connected(proxied.port) as link:
         deploy_id = ask(link, "POST", "/deploy", headers + hub(support.KEY, BODY), BODY).json["deploy_id"]

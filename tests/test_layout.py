@@ -180,7 +180,7 @@ PURE = {
 CONFINED = {
     "argparse": "CLI",
     "ctypes": "WORLD",
-    "errno": "SERVER CLI",
+    "errno": "SERVER DAEMON CLI",
     "fcntl": "WORLD",
     "gc": "DAEMON",
     "grp": "WORLD",

@@ -129,8 +129,8 @@ def test_lines_of_threads_never_mix(tmp_path):
 # --- events
 
 EVENTS = {
-    "accepted": (hookshot.Accepted(deployment(), True), "info"),
-    "repeated": (hookshot.Accepted(deployment(), False), "info"),
+    "accepted": (hookshot.Accepted(deployment(), True, deployment().trigger), "info"),
+    "repeated": (hookshot.Accepted(deployment(), False, deployment().trigger), "info"),
     "moved": (hookshot.Moved(deployment(state=hookshot.State.VALIDATING), hookshot.State.QUEUED, ""), "info"),
     "stepped": (hookshot.Moved(deployment(state=hookshot.State.DEPLOYING), hookshot.State.VALIDATING, ""), "debug"),
     "succeeded": (hookshot.Moved(deployment(state=hookshot.State.SUCCEEDED), hookshot.State.DEPLOYING, "well"), "info"),

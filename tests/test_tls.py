@@ -248,7 +248,7 @@ def test_older_versions_are_refused(unharmed, version):
     with pytest.raises(OSError):
         say(unharmed, get(), context, source)
     [line] = wait_until(lambda: lines_of(unharmed, source))
-    assert "UNSUPPORTED_PROTOCOL" in line["message"]
+    assert "unsupported protocol" in line["message"]
 
 
 @pytest.mark.parametrize("offer, chosen", [(["h2", "http/1.1"], "http/1.1"), (["http/1.1"], "http/1.1"), (["h2"], None), ([], None)])
@@ -519,10 +519,10 @@ def raw(content: bytes):
 
 
 ATTEMPTS = {
-    "distrust": (untrusting, "UNKNOWN_CA"), "leaving": (leaving, "the client left|UNEXPECTED_EOF"), "reset": (resetting, "reset|EOF|left"),
-    "noise": (raw(b"\x16\x03\x01\x00\x05nonsense"), "[A-Z_]+"), "long record": (raw(b"\x16\x03\x01\xff\xff" + bytes(100)), "[A-Z_]+"),
-    "wrong version": (raw(b"\x16\x09\x09\x00\x05" + bytes(5)), "[A-Z_]+"), "no ciphers": (raw(
-        b"\x16\x03\x01\x00\x2d\x01\x00\x00\x29\x03\x03" + bytes(32) + b"\x00\x00\x02\x00\xff\x01\x00"), "[A-Z_]+")}
+    "distrust": (untrusting, "unknown ca"), "leaving": (leaving, "the client left|unexpected eof"), "reset": (resetting, "reset|eof|left"),
+    "noise": (raw(b"\x16\x03\x01\x00\x05nonsense"), "^[a-z][a-z0-9 ]+$"), "long record": (raw(b"\x16\x03\x01\xff\xff" + bytes(100)), "^[a-z][a-z0-9 ]+$"),
+    "wrong version": (raw(b"\x16\x09\x09\x00\x05" + bytes(5)), "^[a-z][a-z0-9 ]+$"), "no ciphers": (raw(
+        b"\x16\x03\x01\x00\x2d\x01\x00\x00\x29\x03\x03" + bytes(32) + b"\x00\x00\x02\x00\xff\x01\x00"), "^[a-z][a-z0-9 ]+$")}
 
 
 @pytest.mark.parametrize("attempt, reason", ATTEMPTS.values(), ids=ATTEMPTS)
@@ -535,7 +535,7 @@ def test_a_failed_handshake_is_one_line_of_the_log_with_the_reason(unharmed, att
     assert unharmed.get("/ready").status == 200 and len(lines_of(unharmed, source)) == 1
     assert (line["event"], line["level"]) == ("request_refused", "warning")
     said, _, why = line["message"].partition("the TLS handshake failed: ")
-    assert said and re.search(reason, why)
+    assert said == "" and re.search(reason, why)
     assert not events(unharmed, "bug")
 
 
@@ -582,8 +582,8 @@ def test_the_right_client_certificate_is_let_in(mutual):
 
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 @pytest.mark.parametrize("names, reason, alert", [
-    ((), "PEER_DID_NOT_RETURN_A_CERTIFICATE", "CERTIFICATE_REQUIRED|HANDSHAKE_FAILURE"),
-    (("other_client", "other_client_key"), "CERTIFICATE_VERIFY_FAILED", "UNKNOWN_CA")])
+    ((), "peer did not return a certificate", "CERTIFICATE_REQUIRED|HANDSHAKE_FAILURE"),
+    (("other_client", "other_client_key"), "certificate verify failed", "UNKNOWN_CA")])
 def test_without_the_right_client_certificate_nobody_is_let_in(mutual, certificates, version, names, reason, alert):
     before, source = deployments(mutual), next(SOURCES)
     context = trusting(certificates, *(getattr(certificates, name) for name in names))
@@ -706,13 +706,13 @@ BAD_FILES = {
     "no key": ({"key": "/nonexistent/key.pem"}, "server.tls.key", "cannot be read"),
     "no client_ca": ({"client_ca": "/nonexistent/ca.pem"}, "server.tls.client_ca", "cannot be read"),
     "a folder": ({"cert": "/"}, "server.tls.cert", "cannot be read"),
-    "garbage cert": ({"cert": "garbage"}, "server.tls.cert", "are not a certificate and its key"),
-    "garbage key": ({"key": "garbage"}, "server.tls.cert", "are not a certificate and its key"),
-    "key as cert": ({"cert": "server_key"}, "server.tls.cert", "are not a certificate and its key"),
-    "cert as key": ({"key": "server"}, "server.tls.cert", "are not a certificate and its key"),
-    "another's key": ({"key": "renewed_key"}, "server.tls.cert", "do not belong together"),
-    "a key of another kind": ({"key": "rsa_key"}, "server.tls.cert", "belong together|are not a certificate and its key"),
-    "a passphrase": ({"key": "locked_key"}, "server.tls.cert", "a key with a passphrase cannot be used"),
+    "garbage cert": ({"cert": "garbage"}, "server.tls.cert", "garbage.pem .*cannot be used"),
+    "garbage key": ({"key": "garbage"}, "server.tls.key", "garbage.pem holds no private key in PEM"),
+    "key as cert": ({"cert": "server_key"}, "server.tls.cert", "server_key.pem holds no certificate in PEM"),
+    "cert as key": ({"key": "server"}, "server.tls.key", "server.pem holds no private key in PEM"),
+    "another's key": ({"key": "renewed_key"}, "server.tls.key", "renewed_key.pem do not belong together"),
+    "a key of another kind": ({"key": "rsa_key"}, "server.tls.key", "rsa_key.pem do not belong together"),
+    "a passphrase": ({"key": "locked_key"}, "server.tls.key", "locked_key.pem has a passphrase"),
     "garbage client_ca": ({"client_ca": "garbage"}, "server.tls.client_ca", "holds no certificates"),
     "key as client_ca": ({"client_ca": "client_key"}, "server.tls.client_ca", "holds no certificates"),
     "cert alone": ({"key": ""}, "server.tls.key", "is required"),
