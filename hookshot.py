@@ -325,7 +325,7 @@ def _unmap(network: Network) -> Network:
 
 def parse_address(text: str) -> Peer:
     """Return the address in a peer or forwarding text: brackets, port and zone stripped, v4-mapped unmapped."""
-    text = text.strip().strip('"')
+    text = text.strip()
     if text.startswith("["):
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:
@@ -2750,11 +2750,15 @@ MIGRATIONS: tuple[str, ...] = (
         rolled_back INTEGER NOT NULL DEFAULT 0, rollback_failed INTEGER NOT NULL DEFAULT 0,
         cancelled INTEGER NOT NULL DEFAULT 0, duration_ms INTEGER NOT NULL DEFAULT 0, last_failure_ms INTEGER) WITHOUT ROWID;
     """,
-    # Signed messages that were accepted; they may outlast their deployments, so that none is carried out twice.
+    # Signed messages that were accepted; they may outlast their deployments, so that none is carried out twice. Ids and
+    # keys are a service's own: those who may deploy one service must not block, or learn of, what is sent to another.
     """
     CREATE TABLE messages (
-        id TEXT PRIMARY KEY, digest TEXT NOT NULL, deploy_id TEXT NOT NULL, expires_ms INTEGER NOT NULL) WITHOUT ROWID;
+        service TEXT NOT NULL, id TEXT NOT NULL, digest TEXT NOT NULL, deploy_id TEXT NOT NULL, expires_ms INTEGER NOT NULL,
+        PRIMARY KEY (service, id)) WITHOUT ROWID;
     CREATE INDEX messages_by_expiry ON messages (expires_ms);
+    DROP INDEX deployments_by_key;
+    CREATE UNIQUE INDEX deployments_by_key ON deployments (service, idempotency_key) WHERE idempotency_key IS NOT NULL;
     """,
 )
 
@@ -3053,8 +3057,10 @@ class Store:
 
     @staticmethod
     def _find_same(db: sqlite3.Connection, request: DeployRequest) -> Deployment | None:
-        for column, value in (("deploy_id", request.deploy_id), ("idempotency_key", request.idempotency_key)):
-            row = value and db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE {column}=?", (value,)).fetchone()
+        for column, value, clause in (("deploy_id", request.deploy_id, "deploy_id=?"),
+                                      ("idempotency_key", request.idempotency_key, "idempotency_key=? AND service=?")):
+            values = (value, request.service)[: clause.count("?")]
+            row = value and db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE {clause}", values).fetchone()
             if row:
                 existing = _deployment_of(row)
                 if existing.digest != request.digest:
@@ -3066,7 +3072,7 @@ class Store:
     def _find_message(db: sqlite3.Connection, request: DeployRequest) -> Deployment | None:
         """Return what a signed message started when it came before."""
         message_id = request.message.id if request.message else ""
-        row = db.execute("SELECT digest, deploy_id FROM messages WHERE id=?", (message_id,)).fetchone()
+        row = db.execute("SELECT digest, deploy_id FROM messages WHERE service=? AND id=?", (request.service, message_id)).fetchone()
         if not row:
             return None
         if row[0] != request.digest:
@@ -3079,10 +3085,10 @@ class Store:
     @staticmethod
     def _remember_message(db: sqlite3.Connection, request: DeployRequest, deploy_id: str, at_ms: int) -> None:
         if request.message:
-            db.execute("INSERT INTO messages (id, digest, deploy_id, expires_ms) VALUES (?, ?, ?, ?) "
+            db.execute("INSERT INTO messages (service, id, digest, deploy_id, expires_ms) VALUES (?, ?, ?, ?, ?) "
                        # It was signed anew: from now on this signature could be repeated.
-                       "ON CONFLICT (id) DO UPDATE SET expires_ms=max(expires_ms, excluded.expires_ms)",
-                       (request.message.id, request.digest, deploy_id, max(request.message.expires_ms, at_ms + _MESSAGES_KEPT_MS)))
+                       "ON CONFLICT (service, id) DO UPDATE SET expires_ms=max(expires_ms, excluded.expires_ms)",
+                       (request.service, request.message.id, request.digest, deploy_id, max(request.message.expires_ms, at_ms + _MESSAGES_KEPT_MS)))
 
     def _supersede(self, db: sqlite3.Connection, service: str, at_ms: int) -> tuple[Deployment, ...]:
         rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE completed_ms IS NULL AND state='Queued' AND service=? "
@@ -3294,7 +3300,7 @@ class Store:
     def prune_messages(self, at_ms: int, *, keep: int = _MAX_MESSAGES, batch: int = 1000) -> int:
         """Forget up to `batch` signed messages that came too long ago, or are more than `keep`; return how many."""
         return self._write(lambda db: db.execute(
-            "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE expires_ms < max(?, min(?, coalesce("
+            "DELETE FROM messages WHERE (service, id) IN (SELECT service, id FROM messages WHERE expires_ms < max(?, min(?, coalesce("
             "(SELECT expires_ms FROM messages ORDER BY expires_ms DESC LIMIT 1 OFFSET ?), 0))) ORDER BY expires_ms LIMIT ?)",
             (at_ms, at_ms + _MESSAGES_KEPT_MS - _MESSAGE_MAY_PASS_MS, keep - 1, batch)).rowcount, durable=False)
 
@@ -4419,7 +4425,10 @@ class Engine:
                 self._promised -= has_worker
                 if claimed:
                     self._handed.append(claimed)
-                if claimed or self._hints or self.is_draining:
+                if self.is_draining:
+                    # A promise kept them all from going.
+                    self._wakeup.notify_all()
+                elif claimed or self._hints:
                     self._wakeup.notify()
         if submission.can_start and (claimed is None or claimed.seq != submission.deployment.seq):
             self.wake()
@@ -4604,7 +4613,7 @@ _HEARTBEAT_S = 15.0
 # How long one request may take to make a new health report before another one tries.
 _HEALTH_PATIENCE_S = 1.0
 _PREVIEW_CHARS = 200
-# Larger bodies take milliseconds to verify, and other clients would wait for them.
+# Larger bodies, each verified with every key, take milliseconds, and other clients would wait for them.
 _QUICK_BODY_BYTES = 64 << 10
 # Below it gzip saves no packet.
 _WORTH_GZIP_BYTES = 1024
@@ -4733,15 +4742,38 @@ def _first_untrusted(hops: Sequence[str], peer: Peer, trusted: Sequence[Network 
     return address
 
 
+# A pair of RFC 7239, 4, and what ends it. A value that is not quoted may hold what ought to be: many proxies write it so.
+_FORWARDED_PAIR = re.compile(r"""[ \t]*(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+)=("(?:[^"\\]|\\.)*"|[^\s",;]*))?[ \t]*([;,]|$)""", re.ASCII)
+_MAX_FORWARDED_PAIRS = 200
+
+
 def _forwarded_hops(headers: Mapping[str, str]) -> Iterator[list[str]]:
     if "forwarded" in headers:
-        hops = [[value for name, _, value in (pair.strip().partition("=") for pair in element.split(";")) if name.lower() == "for"]
-                for element in headers["forwarded"].split(",")]
+        hops = _parse_forwarded(headers["forwarded"])
         # A hop that names no client, or two, cannot be walked past: what stands to its left is a stranger's own word.
         if any(hops):
             yield [hop[0] if len(hop) == 1 else "" for hop in hops]
     if "x-forwarded-for" in headers:
         yield headers["x-forwarded-for"].split(",")
+
+
+def _parse_forwarded(text: str) -> list[list[str]]:
+    """Return what each hop says in for=; two unreadable ones in place of a header that is malformed or very long."""
+    hops: list[list[str]] = [[]]
+    at = 0
+    for _ in range(_MAX_FORWARDED_PAIRS):
+        match = _FORWARDED_PAIR.match(text, at)
+        if not match:
+            break
+        name, value, end = match.groups()
+        if name and name.lower() == "for":
+            hops[-1].append(re.sub(r"\\(.)", r"\1", value[1:-1]) if value.startswith('"') else value)
+        if not end:
+            return hops
+        if end == ",":
+            hops.append([])
+        at = match.end()
+    return [["", ""]]
 
 
 def _is_local(request: Request) -> bool:
@@ -4856,7 +4888,7 @@ def begin(app: App, route: Route, request: Request) -> tuple[Request, Response |
 
     Without an answer, the request that is returned goes to dispatch(), in a thread that may wait.
     """
-    if len(request.body) > _QUICK_BODY_BYTES:
+    if len(request.body) * len(app.signing_keys(app.current())) > _QUICK_BODY_BYTES:
         return request, None
     try:
         request = _pass_signature(app, route, request)
@@ -5165,16 +5197,26 @@ def handle_logs(app: App, request: Request) -> Response:
         start = _tail_offset(path, _parse_number_parameter(request.query, "tail", 0, MAX_TAIL_LINES, 100))
     if is_sse:
         resume = request.headers.get("last-event-id", "")
-        start = int(resume) if re.fullmatch(r"\d{1,15}", resume, re.ASCII) else start
+        start = int(resume) if re.fullmatch(r"\d{1,12}", resume, re.ASCII) else start
         stream = _follow_events(app, request, deployment, path, start)
         return Response(200, content_type="text/event-stream", headers=(("X-Accel-Buffering", "no"),), stream=stream)
     stream = (chunk for _, chunk in _read_log(app, request, deployment, path, start, follows))
     return Response(200, content_type="text/plain; charset=utf-8", headers=(("X-Accel-Buffering", "no"),), stream=stream)
 
 
+def _open_log(path: str) -> Any:
+    """Return the open file; FileNotFoundError if there is none yet."""
+    try:
+        return open(path, "rb", buffering=0)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise HookshotError("storage", f"the log cannot be read: {error.strerror}") from None
+
+
 def _tail_offset(path: str, lines: int) -> int:
     """Return where the last `lines` lines of a file begin; its end is read backwards, a block at a time."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+    with contextlib.suppress(FileNotFoundError), _open_log(path) as file:
         position = file.seek(0, os.SEEK_END)
         missing = lines + 1  # the newline that ends the last line counts too
         while position > 0:
@@ -5345,7 +5387,7 @@ _HEADER_NAME = re.compile(rf"{_TOKEN}+", re.ASCII)
 _HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
 _HEADER_VALUE = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")
 _BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)|\x00")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 # Headers that are lists, which several lines may make up (RFC 9110, 5.3). Any other header may come once.
 _LIST_HEADERS = frozenset({"accept", "accept-encoding", "accept-language", "cache-control", "connection", "cookie", "forwarded", "prefer",
                            "via", "x-forwarded-for"})
@@ -5589,6 +5631,93 @@ _TLS_HANDSHAKE = b"\x16"
 _WOULD_READ, _WOULD_WRITE = ((ssl.SSLWantReadError,), (ssl.SSLWantWriteError,)) if ssl else ((), ())
 
 
+class _TlsLink:
+    """TLS on a socket that does not block, with the methods of one. One thread at a time.
+
+    Not SSLSocket: OpenSSL reads on for as long as what comes is no data (a flood of key updates, say), and would keep the reading
+    thread that long. Here it gets a helping of bytes a turn.
+    """
+
+    _HELPING_BYTES = 16 << 10
+    _PIECE_BYTES = 64 << 10
+
+    def __init__(self, link: socket.socket, context: Any):
+        self.plain = link
+        self._received, self._made = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._received, self._made, server_side=True)
+        self._unsent, self._promised = b"", 0
+        # Whether there may be data for which no byte from the network is needed, so that no selector tells of it.
+        self.has_more = False
+        self.fileno, self.settimeout, self.setblocking = link.fileno, link.settimeout, link.setblocking
+
+    def do_handshake(self) -> None:
+        """Go on with the handshake; SSLWantReadError or SSLWantWriteError if it cannot be ended yet."""
+        self._step(self._tls.do_handshake)
+        self.has_more = True
+
+    def recv(self, size: int) -> bytes:
+        """Return what has come, b"" at the end; BlockingIOError, SSLWantReadError or SSLWantWriteError if nothing has."""
+        self.has_more = False
+        try:
+            block = self._step(functools.partial(self._tls.read, size))
+        except ssl.SSLEOFError:  # closed without close_notify, as many clients do
+            return b""
+        self.has_more = bool(block)
+        return block
+
+    def send(self, content: bytes) -> int:
+        """Send some of it and return how much; BlockingIOError if nothing can be sent now, then the same must be given again."""
+        self._push()
+        if not self._unsent and not self._promised:
+            self._promised = self._tls.write(content[: self._PIECE_BYTES])
+            self._push()
+        if self._unsent:
+            raise BlockingIOError
+        sent, self._promised = self._promised, 0
+        return sent
+
+    def sendall(self, content: bytes) -> None:
+        """Send everything, on a socket that blocks."""
+        for start in range(0, len(content), self._PIECE_BYTES):
+            self._tls.write(content[start : start + self._PIECE_BYTES])
+            sealed, self._unsent = self._unsent + self._made.read(), b""
+            self.plain.sendall(sealed)
+
+    def end(self) -> None:
+        """Say that nothing follows (close_notify), as far as that can be sent now; what the client says to it is not waited for."""
+        with contextlib.suppress(OSError, ValueError):
+            self._tls.unwrap()
+        with contextlib.suppress(OSError):
+            self._push()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.plain.close()
+
+    def _step(self, act: Callable[[], Any]) -> Any:
+        self._push()
+        if self._unsent:
+            raise ssl.SSLWantWriteError
+        try:
+            return act()
+        except ssl.SSLWantReadError:
+            if block := self.plain.recv(self._HELPING_BYTES):
+                self._received.write(block)
+            else:
+                self._received.write_eof()
+            return act()
+        finally:
+            # What is left goes with the next step; an error of the link shows there too.
+            with contextlib.suppress(OSError):
+                self._push()
+
+    def _push(self) -> None:
+        self._unsent += self._made.read()
+        with contextlib.suppress(BlockingIOError):
+            while self._unsent:
+                self._unsent = self._unsent[self.plain.send(self._unsent) :]
+
+
 class _Connection:
     """One client's connection. What is said on it is a generator, which yields what it waits for; turn() brings that.
 
@@ -5599,6 +5728,7 @@ class _Connection:
         self.listener, self.peer = listener, peer
         self.deadline = 0.0
         self.has_place = False
+        self.is_queued = False
         self._server, self._app = server, server.app
         self._link, self._is_tls = link, False
         self._buffer, self._unsent = b"", b""
@@ -5674,8 +5804,8 @@ class _Connection:
             self._waits_for = _CLOSED
             self._conversation.close()
             self._let_go()
-            if self._is_tls:
-                self._end_tls()
+            self._job = None
+            self._end_tls()
             self._link.close()
             self._server.forget(self)
 
@@ -5699,7 +5829,7 @@ class _Connection:
         """See to it that turn() is called when what the conversation waits for may be there."""
         if self._waits_for is _READ:
             # A new connection has not tried to read yet (begin); TLS may hold decrypted bytes that no selector sees.
-            if self._is_tls and self._link.pending():
+            if self._is_tls and self._link.has_more:
                 self._server.turn_again(self)
             elif self._watches != selectors.EVENT_READ and self._has_tried:
                 self._watch(selectors.EVENT_READ)
@@ -5735,16 +5865,11 @@ class _Connection:
                 error = HookshotError("bad_request", "this address speaks TLS; use https://")
                 yield from self._refuse(_blank_request(self.peer), _NO_HEAD, error)
             raise _Hangup
-        self._watch(0)
-        self._link = context.wrap_socket(self._link, server_side=True, do_handshake_on_connect=False)
-        self._is_tls = True
+        self._link, self._is_tls = _TlsLink(self._link, context), True
         try:
             yield _SHAKE
         except _Hangup:
             # A client that holds the handshake for done has sent its request: a reset would take away the alert that says why.
-            self._watch(0)
-            self._link, self._is_tls = socket.socket(fileno=self._link.detach()), False
-            self._link.setblocking(False)
             yield from self._linger()
             raise
 
@@ -5800,6 +5925,7 @@ class _Connection:
             try:
                 yield _AWAY
             except HookshotError as error:  # there is no thread to be had
+                self._job = None
                 response = refuse(app, request, error)
             else:
                 return not self._closes
@@ -5839,12 +5965,16 @@ class _Connection:
             self._skip_empty_line()
         # Judged before more is awaited: HTTP/0.9, the HTTP/2 preface and noise are answered at once.
         parse_request_line(self._buffer[: self._buffer.index(b"\n")].removesuffix(b"\r").decode("latin-1"))
-        while (end := self._buffer.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)) < 0:
+        # `seen` bytes are known to be right: a head may come byte by byte.
+        seen = 0
+        while (end := self._buffer.find(b"\r\n\r\n", max(0, seen - 3), MAX_HEAD_BYTES)) < 0:
             if len(self._buffer) >= MAX_HEAD_BYTES:
                 raise HookshotError("headers_too_large", f"the headers are larger than {MAX_HEAD_BYTES} bytes")
             # A CR at the end may be followed by its LF in the next segment.
-            if _BAD_LINE_END.search(self._buffer.removesuffix(b"\r")):
+            whole = len(self._buffer) - self._buffer.endswith(b"\r")
+            if _BAD_LINE_END.search(self._buffer, max(0, seen - 1), whole):
                 raise HookshotError("bad_request", "a line does not end in CR LF, or holds a NUL")
+            seen = whole
             yield from self._receive()
         return end
 
@@ -5853,25 +5983,22 @@ class _Connection:
         if expectation not in ("", "100-continue"):
             raise HookshotError("expectation", "the only expectation is 100-continue")
         if expectation and head.is_http_1_1 and not self._buffer:
+            deadline = self.deadline
             yield self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.deadline = deadline
         if length is not None:
             return (yield from self._take(length))
         return (yield from self._read_chunks(limit))
 
     def _take(self, length: int) -> "Generator[str, bytes, bytes]":
-        have = len(self._buffer)
-        self._hold(min(have, length))
-        if have < length:
-            pieces = [self._buffer]
-            while have < length:
-                self._buffer = b""
-                yield from self._receive()
-                pieces.append(self._buffer)
-                have += len(self._buffer)
-                self._hold(len(self._buffer))
-            self._buffer = b"".join(pieces)
-        body, self._buffer = self._buffer[:length], self._buffer[length:]
-        return body
+        body, self._buffer = bytearray(self._buffer[:length]), self._buffer[length:]
+        self._hold(len(body))
+        while len(body) < length:
+            yield from self._receive()
+            piece, self._buffer = self._buffer[: length - len(body)], self._buffer[length - len(body) :]
+            body += piece
+            self._hold(len(piece))
+        return bytes(body)
 
     def _hold(self, more_bytes: int) -> None:
         """Count what is kept of a body; raise if all bodies together are too much and this one is not small."""
@@ -5953,23 +6080,24 @@ class _Connection:
         """Read on for a moment: closing with unread data would reset the connection and the answer with it."""
         self._is_in_request = False
         self.deadline, taken = time.monotonic() + _LINGER_S, 0
-        if self._is_tls:
-            self._end_tls()
+        self._end_tls()
         self._link.shutdown(socket.SHUT_WR)
         while taken < _LINGER_BYTES and (block := (yield _READ)):
             taken += len(block)
 
     def _end_tls(self) -> None:
-        """Say that nothing follows (close_notify); what the client has to say to that is not waited for."""
-        with contextlib.suppress(OSError, ValueError):
-            self._link.unwrap()
+        """Say that nothing follows; what still comes is read as it is, and dropped."""
+        if self._is_tls:
+            self._link.end()
+            self._link, self._is_tls = self._link.plain, False
 
     # --- the request's thread
 
     def carry_out(self) -> None:
         """Carry the request out and send its answer, however long that takes. The request's own thread."""
         assert self._job
-        route, request, head, extra = self._job
+        # Not kept: a connection may be idle for long, and a body is large.
+        (route, request, head, extra), self._job = self._job, None
         response = dispatch(self._app, route, request)
         closes = self._app.is_closing or head.wants_close
         # Unless everything is sent: where an answer breaks off, a client must not take the next one for its rest.
@@ -6132,7 +6260,9 @@ class HttpServer:
                     self._returned.popleft().come_back()
                 # Answers go out together here, after everything that has come is read: a client is woken once, not for each.
                 for _ in range(len(self._again)):
-                    self._again.popleft().turn()
+                    connection = self._again.popleft()
+                    connection.is_queued = False
+                    connection.turn()
                 if (now := time.monotonic()) >= sweep_at:
                     sweep_at = now + _TURN_S
                     self._sweep(now)
@@ -6220,8 +6350,10 @@ class HttpServer:
             self._selector.unregister(link)
 
     def turn_again(self, connection: _Connection) -> None:
-        """Have a connection's turn come again soon, without waiting for anything."""
-        self._again.append(connection)
+        """Have a connection's turn come again soon, without waiting for anything; once, however often this is asked for."""
+        if not connection.is_queued:
+            connection.is_queued = True
+            self._again.append(connection)
 
     def send_away(self, connection: _Connection) -> None:
         """Start the thread of a connection's request."""
@@ -6344,8 +6476,9 @@ def _check_server(config: Config, place: Place) -> None:
             (place / "listen").warning(f"{listen} speaks plain HTTP beyond this host, so others may read what is sent; "
                                        "set [server.tls], or put a TLS proxy in front and name it in security.trusted_proxies")
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if descriptors != resource.RLIM_INFINITY and server.max_connections + _OTHER_DESCRIPTORS > descriptors:
-        (place / "max_connections").warning(f"{server.max_connections} connections need more than the {descriptors} descriptors that this "
+    # Who follows a log has that open too.
+    if descriptors != resource.RLIM_INFINITY and 2 * server.max_connections + _OTHER_DESCRIPTORS > descriptors:
+        (place / "max_connections").warning(f"{server.max_connections} connections may need more than the {descriptors} descriptors that this "
                                             "process may open; raise LimitNOFILE (ulimit -n)")
 
 
