@@ -402,7 +402,7 @@ def parse_listen(value: object) -> ListenAddress:
         if len(path.encode()) > _MAX_SOCKET_PATH_BYTES:
             raise ValueError(f"{render_value(value)} is longer than the {_MAX_SOCKET_PATH_BYTES} bytes that a socket's path may have")
         return ListenAddress("", 0, path)
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/\s]*)):([0-9]{1,5})", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", value, re.ASCII) if isinstance(value, str) else None
     if not match or int(match[3]) > 65535:
         raise ValueError(f"{render_value(value)} is not host:port; write \"127.0.0.1:8080\", \":8080\", \"[::1]:8080\" or \"unix:/path\"")
     return ListenAddress(match[1] or match[2] or "", int(match[3]))
@@ -2278,6 +2278,7 @@ class Broken(NamedTuple):
 
     where: str
     error: BaseException
+    request_id: str | None = None
 
 
 class Trouble(NamedTuple):
@@ -2348,6 +2349,14 @@ def write_private_file(path: str, text: str, *, mode: int = 0o600) -> None:
         file.write(text)
         file.flush()
         os.fsync(descriptor)
+
+
+def is_open_to_others(path: str) -> bool:
+    """Return whether every user of this host may read a file."""
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IROTH)
+    except OSError:
+        return False
 
 
 def read_text(path: str, limit_bytes: int = 4 << 20) -> str:
@@ -2521,6 +2530,7 @@ _LEVEL_COLOURS = {"debug": "2", "info": "32", "warning": "33", "error": "31"}
 # Shorter values are words of everyday text; masking them would make logs unreadable and hide nothing.
 _MIN_MASKED_BYTES = 6
 _MASK = b"***"
+_LOG_PIECE_BYTES = 4096
 
 
 class Masker:
@@ -2568,6 +2578,8 @@ class Log:
 
     def __init__(self, level: str = "info", style: str = "json", descriptor: int = 2):
         self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._lost, self._is_cut = 0, False
         self.set_up(level, style, Masker())
 
     def set_up(self, level: str, style: str, masker: Masker) -> None:
@@ -2587,8 +2599,24 @@ class Log:
             return
         known = {name: value for name, value in fields.items() if value is not None}
         line = self.masker.mask(self._render(level, event, message, known, now_ms(), self._is_coloured).encode("utf-8", "replace"))
-        with contextlib.suppress(OSError):
-            os.write(self._descriptor, line)
+        with self._lock, contextlib.suppress(OSError):
+            if self._lost and self._put(self._render("warning", "log_lost", f"{self._lost} lines of the log were lost: nobody read them", {},
+                                                     now_ms(), self._is_coloured).encode()):
+                self._lost = 0
+            self._lost += not self._put(line)
+
+    def _put(self, line: bytes) -> bool:
+        """Write a line if that needs no waiting: whoever ought to read it may have stopped, and requests must not stop with him."""
+        line, self._is_cut = b"\n" * self._is_cut + line, False
+        # A pipe that is ready takes as much as this at once (pipe(7), PIPE_BUF).
+        for start in range(0, len(line), _LOG_PIECE_BYTES):
+            poll = select.poll()
+            poll.register(self._descriptor, select.POLLOUT)
+            if not poll.poll(0):
+                self._is_cut = start > 0
+                return False
+            os.write(self._descriptor, line[start : start + _LOG_PIECE_BYTES])
+        return True
 
 
 def wants_colour(descriptor: int) -> bool:
@@ -2693,7 +2721,7 @@ def _log_broken(log: Log, event: Broken) -> None:
         trace = "".join(traceback.format_exception(event.error))
     except OSError as error:  # no descriptor is free to read the module with
         trace = f"{event.error!r} (its trace cannot be made: {error.strerror})"
-    log.write("error", "bug", f"{event.where}: {type(event.error).__name__}; please report it", trace=trace)
+    log.write("error", "bug", f"{event.where}: {type(event.error).__name__}; please report it", request_id=event.request_id, trace=trace)
 
 
 _LINES: dict[type, Callable[[Log, Any], None]] = {
@@ -4618,8 +4646,8 @@ _QUICK_BODY_BYTES = 64 << 10
 # Below it gzip saves no packet.
 _WORTH_GZIP_BYTES = 1024
 MAX_TAIL_LINES = 100_000
-# Headers that only a proxy adds: a request with one of them did not come straight from a user of this host.
-_FORWARDING_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
+# Headers that only a proxy adds, as everything that begins with x-forwarded-: a request with one did not come straight.
+_FORWARDING_HEADERS = frozenset({"forwarded", "x-real-ip", "via"})
 
 
 class Allowance(NamedTuple):
@@ -4679,12 +4707,14 @@ class App:
 
     def signing_keys(self, current: Current) -> Mapping[str, SigningKey]:
         """Return every key that may sign for any service, by the name of its secret; put together once for each `current`."""
-        if self._signing_keys[0] is not current:
+        of, keys = self._signing_keys
+        if of is not current:
             names = [*current.config.security.hmac_keys]
             for service in current.services.by_name.values():
                 names += service.security.hmac_keys
-            self._signing_keys = (current, prepare_keys(current.keyring.pick(names)))
-        return self._signing_keys[1]
+            keys = prepare_keys(current.keyring.pick(names))
+            self._signing_keys = (current, keys)
+        return keys
 
 
 Handler = Callable[[App, Request], Response]
@@ -4786,7 +4816,7 @@ def _is_local(request: Request) -> bool:
     return ((peer == UNIX_PEER or is_loopback(peer)) and _names_this_host(headers.get("host", ""))
             and (headers.get("origin") is None or _names_this_host(headers["origin"].partition("://")[2]))
             and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
-            and not any(name in headers for name in _FORWARDING_HEADERS))
+            and not any(name in _FORWARDING_HEADERS or name.startswith("x-forwarded-") for name in headers))
 
 
 def _names_this_host(host: str) -> bool:
@@ -4828,7 +4858,7 @@ def _hint_at_proxy(app: App, request: Request) -> None:
     """Say once that a neighbour's forwarding headers are not believed: it may be a proxy, and all its clients count as one."""
     peer = request.peer
     is_neighbour = peer == UNIX_PEER or (peer is not None and not isinstance(peer, str) and peer.is_private)
-    if app.has_hinted or not is_neighbour or not any(name in request.headers for name in _FORWARDING_HEADERS) \
+    if app.has_hinted or not is_neighbour or not {"forwarded", "x-forwarded-for"} & request.headers.keys() \
             or is_in(peer, app.current().config.security.trusted_proxies):
         return
     app.has_hinted = True
@@ -4861,7 +4891,7 @@ def find_route(method: str, path: str, config: Config) -> Route | None:
     """Return the route of a request, or None."""
     path, method = _fixed_path(path, config), "GET" if method == "HEAD" else method
     return _PLAIN_ROUTES.get((method, path)) or next(
-        (route for route in _PATTERN_ROUTES if route.method == method and _matches_pattern(route.pattern, path)), None)
+        (route for route in _PATTERN_ROUTES if route.method == method and matches_pattern(route.pattern, path)), None)
 
 
 def _fixed_path(path: str, config: Config) -> str:
@@ -4869,14 +4899,15 @@ def _fixed_path(path: str, config: Config) -> str:
     return "/health" if path == config.monitoring.health_path else "" if path == "/health" else path
 
 
-def _matches_pattern(pattern: str, path: str) -> bool:
+def matches_pattern(pattern: str, path: str) -> bool:
+    """Return whether a path is one that a route's pattern stands for."""
     parts, segments = pattern.split("/"), path.split("/")
     return len(parts) == len(segments) and all(part == segment or (part[:1] == "{" and segment) for part, segment in zip(parts, segments))
 
 
 def _no_route(request: Request, config: Config) -> HookshotError:
     path = _fixed_path(request.path, config)
-    methods = {route.method for route in ROUTES if _matches_pattern(route.pattern, path)}
+    methods = {route.method for route in ROUTES if matches_pattern(route.pattern, path)}
     if not methods:
         return HookshotError("not_found", "there is nothing at this path")
     allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
@@ -4896,7 +4927,7 @@ def begin(app: App, route: Route, request: Request) -> tuple[Request, Response |
     except HookshotError as error:
         return request, refuse(app, request, error)
     except Exception as error:
-        return request, _answer_bug(app, request, error)
+        return request, answer_bug(app, request, error)
 
 
 def dispatch(app: App, route: Route, request: Request) -> Response:
@@ -4907,7 +4938,7 @@ def dispatch(app: App, route: Route, request: Request) -> Response:
     except HookshotError as error:
         return refuse(app, request, error)
     except Exception as error:
-        return _answer_bug(app, request, error)
+        return answer_bug(app, request, error)
 
 
 def _pass_signature(app: App, route: Route, request: Request) -> Request:
@@ -4917,8 +4948,9 @@ def _pass_signature(app: App, route: Route, request: Request) -> Request:
     return request._replace(verified=verify(request.body, request.headers, app.signing_keys(current), current.config.security, now_ms()))
 
 
-def _answer_bug(app: App, request: Request, error: Exception) -> Response:
-    app.publish(Broken(f"request {request.request_id}", error))
+def answer_bug(app: App, request: Request, error: Exception) -> Response:
+    """Publish a bug and return the answer that tells nothing of it but the request's id."""
+    app.publish(Broken("request", error, request.request_id))
     return answer_error(HookshotError("internal", "the server made a mistake; its log has more under this request_id"), request.request_id)
 
 
@@ -5287,14 +5319,18 @@ def _recent_health(app: App, request: Request) -> Response | None:
     rendered = app.health.rendered
     if not rendered or rendered[:2] != (made_at, uptime_s):
         document = {**report[1], "uptime_seconds": uptime_s}
-        rendered = app.health.rendered = (made_at, uptime_s, answer(200 if document["status"] == "healthy" else 503, document))
+        rendered = app.health.rendered = (made_at, uptime_s, _answer_health(document))
     return rendered[2]
 
 
 def handle_health(app: App, request: Request) -> Response:
     """GET /health"""
     report = app.health.report = (time.monotonic(), _examine(app))
-    return answer(200 if report[1]["status"] == "healthy" else 503, {**report[1], "uptime_seconds": int(time.monotonic() - app.started)})
+    return _answer_health({**report[1], "uptime_seconds": int(time.monotonic() - app.started)})
+
+
+def _answer_health(document: dict[str, Any]) -> Response:
+    return answer(200, document) if document["status"] == "healthy" else answer(503, document, ("Retry-After", "5"))
 
 
 def _examine(app: App) -> dict[str, Any]:
@@ -5358,6 +5394,8 @@ MAX_REQUEST_LINE_BYTES = 8 << 10
 MAX_HEAD_BYTES = 16 << 10
 MAX_HEADERS = 100
 _MAX_CHUNK_LINE_BYTES = 1024
+# What a chunk counts for beside its header, in bytes; and how much of that is let pass.
+_CHUNK_COST, _MAX_CHUNK_EXCESS = 16, 16 << 10
 # How long a kept-alive connection may be idle: clients reconnect at little cost.
 _IDLE_TIMEOUT_S = 30.0
 _LINGER_S = 1.0
@@ -5390,7 +5428,7 @@ _BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)|\x00")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 # Headers that are lists, which several lines may make up (RFC 9110, 5.3). Any other header may come once.
 _LIST_HEADERS = frozenset({"accept", "accept-encoding", "accept-language", "cache-control", "connection", "cookie", "forwarded", "prefer",
-                           "via", "x-forwarded-for"})
+                           "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-port", "x-forwarded-proto"})
 
 
 class _Head(NamedTuple):
@@ -5407,6 +5445,10 @@ class _Head(NamedTuple):
 
 class _Hangup(Exception):
     """The client closed, or sent nothing in time between requests: nothing to answer."""
+
+
+# How a conversation ends that no one is to be told of.
+_LEAVINGS = (_Hangup, OSError)
 
 
 # Clients ask the same again and again: what a health probe or a flood repeats is parsed once. At most a megabyte of heads.
@@ -5549,13 +5591,13 @@ def load_tls(files: Tls, place: Place) -> Any:
     else:
         if why := _why_not_trusted(context, files.cert):
             (place / "cert").warning(f"clients will not trust {files.cert}: {why}")
-        if os.stat(files.key).st_mode & stat.S_IROTH:
+        if is_open_to_others(files.key):
             (place / "key").warning(f"{files.key} can be read by every user of this host; run chmod o= on it")
     if files.client_ca:
         context.verify_mode = ssl.CERT_REQUIRED
         try:
             context.load_verify_locations(files.client_ca)
-        except (ssl.SSLError, ValueError):
+        except (OSError, ValueError):
             (place / "client_ca").problem(f"{files.client_ca} holds no certificates in PEM")
     return context
 
@@ -5565,7 +5607,7 @@ def load_chain(context: Any, cert: str, key: str) -> tuple[str, str] | None:
     try:
         # Without the password argument OpenSSL would ask for a passphrase on the terminal.
         context.load_cert_chain(cert, key, password=lambda: b"")
-    except (ssl.SSLError, ValueError) as error:
+    except (OSError, ValueError) as error:  # SSLError among them
         if "-----BEGIN CERTIFICATE-----" not in _read_pem(cert):
             return "cert", f"{cert} holds no certificate in PEM"
         if "PRIVATE KEY-----" not in _read_pem(key):
@@ -5575,7 +5617,7 @@ def load_chain(context: Any, cert: str, key: str) -> tuple[str, str] | None:
         reason = getattr(error, "reason", None) or ""
         if "MISMATCH" in reason or reason == "NO_CERTIFICATE_ASSIGNED":  # of another kind, as RSA and EC
             return "key", f"{cert} and {key} do not belong together"
-        return "cert", f"{cert} and {key} cannot be used{': ' if reason else ''}{words_of(reason)}"
+        return "cert", f"{cert} and {key} cannot be used: {words_of(reason or getattr(error, 'strerror', None) or str(error))}"
     return None
 
 
@@ -5606,7 +5648,7 @@ def _why_not_trusted(context: Any, cert: str) -> str | None:
     pipes = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
         client, server = pin_certificate(cert).wrap_bio(*pipes), context.wrap_bio(*reversed(pipes), server_side=True)
-    except (ssl.SSLError, ValueError):
+    except (OSError, ValueError):
         return None
     for _ in range(3):
         for side in (client, server):
@@ -5729,8 +5771,10 @@ class _Connection:
         self.deadline = 0.0
         self.has_place = False
         self.is_queued = False
+        self.request_id: str | None = None
         self._server, self._app = server, server.app
         self._link, self._is_tls = link, False
+        self._context: Any = None
         self._buffer, self._unsent = b"", b""
         self._held_bytes = 0
         self._is_in_request = self._may_skip = self._has_tried = self._closes = False
@@ -5747,6 +5791,13 @@ class _Connection:
         self._go_on(None)
         self._has_tried = True
         self.turn()
+
+    def wake(self) -> None:
+        """What was waited for may be there."""
+        if self.is_shaking:
+            self._server.turn_again(self)
+        else:
+            self.turn()
 
     def turn(self) -> None:
         """Go on if what the conversation waits for is there."""
@@ -5810,6 +5861,11 @@ class _Connection:
             self._server.forget(self)
 
     @property
+    def is_shaking(self) -> bool:
+        """Whether the next turn goes on with a TLS handshake, which takes milliseconds."""
+        return self._waits_for is _SHAKE
+
+    @property
     def is_away(self) -> bool:
         """Whether a request's thread owns the connection."""
         return self._waits_for is _AWAY
@@ -5817,10 +5873,10 @@ class _Connection:
     def _go_on(self, given: bytes | None = None, *, error: Exception | None = None) -> None:
         try:
             self._waits_for = self._conversation.throw(error) if error else self._conversation.send(given)  # type: ignore[arg-type]
-        except (StopIteration, _Hangup, OSError):
+        except (StopIteration, *_LEAVINGS):
             self.close()
         except Exception as bug:
-            self._app.publish(Broken("connection", bug))
+            self._app.publish(Broken("connection", bug, self.request_id))
             self.close()
         else:
             self._settle()
@@ -5841,7 +5897,7 @@ class _Connection:
 
     def _watch(self, events: int) -> None:
         if events != self._watches:
-            self._server.watch(self._link, self._watches, events, self.turn)
+            self._server.watch(self._link, self._watches, events, self.wake)
             self._watches = events
 
     # --- what is said
@@ -5856,8 +5912,13 @@ class _Connection:
         if self._buffer or self._has_unread():
             yield from self._linger()
 
+    def _is_last(self, head: _Head) -> bool:
+        """Return whether the connection ends with this request: also when its client shook hands by what is no longer in force."""
+        return self._app.is_closing or head.wants_close or (self._context is not None and self._context is not self._app.current().tls)
+
     def _greet(self, context: Any, patience_s: float) -> _Conversation:
         """Shake hands for TLS, or tell a client that does not speak it."""
+        self._context = context
         self.deadline = time.monotonic() + patience_s
         first = yield _PEEK
         if first != _TLS_HANDSHAKE:
@@ -5879,9 +5940,9 @@ class _Connection:
             yield from self._greet(context, _TURN_AWAY_S)
         yield from self._refuse(_blank_request(self.peer), _NO_HEAD, HookshotError("overloaded", "there are too many connections; try again"))
 
-    def _refuse(self, request: Request, head: _Head, error: HookshotError) -> _Conversation:
+    def _refuse(self, request: Request, head: _Head, error: HookshotError, extra: Fields = ()) -> _Conversation:
         """Answer after an error in reading: what follows cannot be understood, so the connection ends."""
-        yield self._send(render_answer(refuse(self._app, request, error), head, request.request_id, (), closes=True))
+        yield self._send(render_answer(refuse(self._app, request, error), head, request.request_id, extra, closes=True))
         yield from self._linger()
 
     def _answer_one(self) -> "Generator[str, bytes, bool]":
@@ -5905,7 +5966,8 @@ class _Connection:
             is_whole = length is not None and length <= len(self._buffer) and "expect" not in head.headers
             if length and is_whole:
                 body, self._buffer = self._buffer[:length], self._buffer[length:]
-            request = Request(head.method, head.path, head.query, head.headers, body, self.peer, head.request_id or new_request_id(), self._is_gone)
+            self.request_id = head.request_id or new_request_id()
+            request = Request(head.method, head.path, head.query, head.headers, body, self.peer, self.request_id, self._is_gone)
             try:
                 route, extra = admit(app, request)
             except HookshotError as error:
@@ -5917,7 +5979,14 @@ class _Connection:
                     request = request._replace(body=(yield from self._read_body(head, length, server.max_request_size)))
                 request, response = begin(app, route, request)
         except HookshotError as error:
-            yield from self._refuse(request or _blank_request(self.peer), head, error)
+            yield from self._refuse(request or _blank_request(self.peer), head, error, extra)
+            return False
+        except _LEAVINGS:
+            raise
+        except Exception as bug:
+            request = request or _blank_request(self.peer)
+            yield self._send(render_answer(answer_bug(app, request, bug), head, request.request_id, (), closes=True))
+            yield from self._linger()
             return False
         self._is_in_request = False
         if response is None:
@@ -5929,7 +5998,7 @@ class _Connection:
                 response = refuse(app, request, error)
             else:
                 return not self._closes
-        closes = app.is_closing or head.wants_close
+        closes = self._is_last(head)
         yield self._send(render_answer(response, head, request.request_id, extra, closes=closes))
         return not closes
 
@@ -6022,7 +6091,7 @@ class _Connection:
     def _read_chunks(self, limit: int) -> "Generator[str, bytes, bytes]":
         """Decode a chunked body (RFC 9112, 7.1) strictly; trailers are read and dropped."""
         # `at` walks through the buffer, which is cut only when more is awaited: a body may come in chunks of one byte.
-        body, at = bytearray(), 0
+        body, at, excess = bytearray(), 0, 0
         while True:
             while (end := self._buffer.find(b"\r\n", at, at + _MAX_CHUNK_LINE_BYTES)) < 0:
                 if len(self._buffer) - at >= _MAX_CHUNK_LINE_BYTES:
@@ -6032,7 +6101,12 @@ class _Connection:
             match = _CHUNK_SIZE.fullmatch(self._buffer, at, end)
             if not match:
                 raise HookshotError("bad_request", "a chunk's size is malformed")
-            missing, at = int(match[1], 16), end + 2
+            # Half of what comes may be framing, and a little more: each chunk costs time, which others wait for (CVE-2023-39326).
+            missing = int(match[1], 16)
+            excess = max(0, excess + end - at + _CHUNK_COST - 2 * missing)
+            if excess > _MAX_CHUNK_EXCESS:
+                raise HookshotError("bad_request", "the chunks are too small")
+            at = end + 2
             if len(body) + missing > limit:
                 raise HookshotError("too_large", f"the body has more than {limit} bytes (server.max_request_size)")
             if not missing:
@@ -6099,7 +6173,7 @@ class _Connection:
         # Not kept: a connection may be idle for long, and a body is large.
         (route, request, head, extra), self._job = self._job, None
         response = dispatch(self._app, route, request)
-        closes = self._app.is_closing or head.wants_close
+        closes = self._is_last(head)
         # Unless everything is sent: where an answer breaks off, a client must not take the next one for its rest.
         self._closes = True
         # An error of the link: the client has gone, or takes nothing; there is no one to tell.
@@ -6190,11 +6264,12 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def server_close(self) -> None:
         """Stop listening and take the unix socket away, unless another server has put its own there."""
-        super().server_close()
+        # Before the socket is closed: its inode cannot be another's until then.
         if self._inode:
             with contextlib.suppress(OSError):
                 if os.stat(self.listen.path).st_ino == self._inode:
                     os.unlink(self.listen.path)
+        super().server_close()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Carry one request out, in its own thread."""
@@ -6207,7 +6282,7 @@ class Listener(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report what dispatch() could not catch, because the answer had begun: a stream that broke off, or a bug."""
         error = sys.exc_info()[1] or RuntimeError("unknown")
-        self._app.publish(Trouble(error.sentence) if isinstance(error, HookshotError) else Broken("connection", error))
+        self._app.publish(Trouble(error.sentence) if isinstance(error, HookshotError) else Broken("answer", error, request.request_id))
 
 
 class HttpServer:
@@ -6222,6 +6297,7 @@ class HttpServer:
         self._places: collections.Counter[int | str | None] = collections.Counter()
         self._turned_away = 0
         self._again: collections.deque[_Connection] = collections.deque()
+        self._shaking: collections.deque[_Connection] = collections.deque()
         self._returned: collections.deque[_Connection] = collections.deque()
         self._is_closing = False
         self._accepts_again_at: float | None = None
@@ -6254,15 +6330,16 @@ class HttpServer:
         sweep_at = 0.0
         while not self._is_closing:
             try:
-                for key, _ in self._selector.select(0 if self._again else _TURN_S):
+                for key, _ in self._selector.select(0 if self._again or self._shaking else _TURN_S):
                     key.data()
                 while self._returned:
                     self._returned.popleft().come_back()
                 # Answers go out together here, after everything that has come is read: a client is woken once, not for each.
                 for _ in range(len(self._again)):
-                    connection = self._again.popleft()
-                    connection.is_queued = False
-                    connection.turn()
+                    self._take_turn(self._again)
+                # One a time: a crowd that shakes hands must not keep those waiting who have done so.
+                if self._shaking:
+                    self._take_turn(self._shaking)
                 if (now := time.monotonic()) >= sweep_at:
                     sweep_at = now + _TURN_S
                     self._sweep(now)
@@ -6270,6 +6347,12 @@ class HttpServer:
                 self.app.publish(Broken("server", error))
                 time.sleep(_TURN_S)  # a bug that comes again at once must not fill the log
         self._end()
+
+    @staticmethod
+    def _take_turn(waiting: collections.deque[_Connection]) -> None:
+        connection = waiting.popleft()
+        connection.is_queued = False
+        connection.turn()
 
     def close(self, patience_s: float) -> None:
         """Stop serving; requests in threads have that long to end. Any thread but serve()'s."""
@@ -6334,6 +6417,7 @@ class HttpServer:
             return
         self._turned_away += 1
         if self._turned_away > _MAX_TURNED_AWAY:
+            refuse(self.app, _blank_request(connection.peer), HookshotError("overloaded", "there are too many connections"))
             connection.close()
         else:
             connection.begin(turned_away=True)
@@ -6353,7 +6437,7 @@ class HttpServer:
         """Have a connection's turn come again soon, without waiting for anything; once, however often this is asked for."""
         if not connection.is_queued:
             connection.is_queued = True
-            self._again.append(connection)
+            (self._shaking if connection.is_shaking else self._again).append(connection)
 
     def send_away(self, connection: _Connection) -> None:
         """Start the thread of a connection's request."""
@@ -6404,6 +6488,8 @@ class HttpServer:
 _HOUSE_TURN_S = 1.0
 # For requests that wait for a deployment's end to send the answer that it goes on after the restart.
 _CLOSE_S = 0.3
+# A turn of the reading thread takes milliseconds; what keeps it longer must not keep the server from ending.
+_READER_PATIENCE_S = 5.0
 
 
 class Settings(NamedTuple):
@@ -6439,6 +6525,9 @@ def check_host(settings: Settings, config_path: str, services_path: str, environ
     """Add what this host lacks for the configuration: directories, accounts, programs."""
     _check_data_dir(settings.config.storage.data_dir, Place(config_path, "storage.data_dir", problems))
     _check_server(settings.config, Place(config_path, "server", problems))
+    health_path = settings.config.monitoring.health_path
+    if health_path != "/health" and any(matches_pattern(route.pattern, health_path) for route in ROUTES):
+        Place(config_path, "monitoring.health_path", problems).problem(f"{health_path} is the path of another request; choose another")
     for service in settings.services.by_name.values():
         place = Place(services_path, f'service "{service.name}"', problems)
         if not os.path.isdir(service.working_dir or "/"):
@@ -6660,7 +6749,7 @@ class Daemon:
         self.app.is_closing = True
         self.waiters.release()
         self._server.close(_CLOSE_S)
-        self._reader.join()
+        self._reader.join(_READER_PATIENCE_S)
         self._parts.close()
         self.publish(Noted("stopped", "hookshot has stopped"))
 
@@ -6682,7 +6771,11 @@ class Daemon:
     def reload(self) -> bool:
         """Read files and secrets again and swap them whole; keep the old ones if anything is wrong with the new."""
         with self._reload_lock:
-            return self._reload()
+            try:
+                return self._reload()
+            except Exception as error:
+                self.publish(Broken("reload", error))
+                return False
 
     def _reload(self) -> bool:
         try:

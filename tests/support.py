@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "hookshot.py"
 KEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c4b5a69788796a5b4c3d2e1f0"
 # Long enough for a loaded machine; a wait that succeeds never takes it.
-PATIENCE_S = 5.0
+PATIENCE_S = 30.0
 
 
 def need(program: str) -> str:

@@ -2,11 +2,13 @@
 """DAEMON: start, refusals before the socket opens, reload, secrets, signals, files, two servers."""
 
 import contextlib
+import http.client
 import json
 import os
 import signal
 import socket
 import stat
+import threading
 
 import pytest
 
@@ -325,6 +327,28 @@ if [ -e slow ] && mkdir asked 2>/dev/null; then until [ -e go ]; do sleep 0.02; 
 echo "hmac_key=KEY"
 echo "nonce=nonce-$$-$(date +%N)"
 """
+
+
+def test_a_stop_in_the_middle_of_deploys_waits_for_no_worker_that_sleeps(tmp_path):
+    """Workers that a deploy on its way kept from going must be woken when it is accepted; they would sleep for 30 s."""
+    with running(tmp_path, service(), "[server]\nshutdown_timeout = 60\nworker_threads = 8\n") as host:
+        over = threading.Event()
+
+        def flood() -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                while not over.is_set():
+                    host.post({"service": "web", "image": "app:1"})
+
+        threads = [threading.Thread(target=flood) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(host.get("/deployments").json["deployments"]) > 20)
+        try:
+            assert host.stop(patience_s=20) == 0
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
 
 
 def test_a_slow_reading_of_secrets_does_not_undo_a_reload(tmp_path):

@@ -205,7 +205,7 @@ CONFINED = {
     "queue": "STORE",
     "secrets": "WORLD",
     "resource": "DAEMON",
-    "select": "RUN SERVER DAEMON",
+    "select": "LOG RUN SERVER DAEMON",
     "selectors": "SERVER",
     "shutil": "DAEMON CLIENT",
     "signal": "WORLD RUN DAEMON CLI",
@@ -331,8 +331,8 @@ def test_secrets_are_compared_in_constant_time():
 # --- style
 
 # Where work goes on after a bug that no one foresaw; each of them tells it.
-BOUNDARIES = {"Store._carry_out_one", "_Job.carry_out", "Engine._work", "begin", "dispatch", "_Connection._go_on",
-              "HttpServer.serve", "Daemon._keep_house", "main"}
+BOUNDARIES = {"Store._carry_out_one", "_Job.carry_out", "Engine._work", "begin", "dispatch", "_Connection._answer_one", "_Connection._go_on",
+              "HttpServer.serve", "Daemon.reload", "Daemon._keep_house", "main"}
 # Where something must be undone whatever happens; each of them raises again.
 CLEAN_UPS = {"Store._migrate", "Store._carry_out", "_spawn_nicely.start", "run_command"}
 

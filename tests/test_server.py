@@ -2,22 +2,25 @@
 """SERVER: hostile, broken and slow bytes on a raw socket; each is refused, runs nothing, and the server goes on."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import re
 import resource
 import select
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 import hookshot
 import support
-from support import running, service, wait_until
+from support import Host, running, service, wait_until
 
 BODY = json.dumps({"service": "web", "image": "app:1"}).encode()
 LIMIT = 1 << 10
@@ -488,8 +491,19 @@ def test_tiny_chunks_keep_the_reading_thread_no_longer_than_large_ones(unharmed)
         before = cpu_seconds(host)
         with connected(host) as link, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             link.sendall(post(CHUNKED, CLOSE, body=b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n"))
-            assert split(read_to_end(link))[0][0] in (400, 401, 413)
-        assert host.get("/ready").status == 200 and cpu_seconds(host) - before < 3
+            [(status, _, body)] = split(read_to_end(link))
+            assert (status, json.loads(body)["detail"]) == (400, "the chunks are too small")
+        assert host.get("/ready").status == 200 and cpu_seconds(host) - before < 1
+
+
+@pytest.mark.parametrize("size, times, is_taken", [(1, 700, True), (1, 1200, False), (10, 20_000, True), (16, 60_000, True)])
+def test_chunks_may_be_small_as_long_as_they_are_more_than_framing(tmp_path, size, times, is_taken):
+    """A request's worth of one-byte chunks, or a stream of lines, passes; a flood of framing does not (CVE-2023-39326)."""
+    with running(tmp_path, service()) as host:
+        chunks = [b"[" + b" " * (size - 1)] + [b" " * size] * times + [b"]"]
+        [(status, _, body)] = split(exchange(host, post(CHUNKED, CLOSE, body=chunked(*chunks))))
+        detail = json.loads(body)["detail"]
+        assert (status, detail) == ((401, "the signature is missing or wrong") if is_taken else (400, "the chunks are too small"))
 
 
 # --- the functions alone
@@ -1152,6 +1166,93 @@ def test_large_bodies_at_once_stay_within_their_budget(tmp_path):
         wait_until(lambda: exchange(host, head[: head.index(b"Content-Length")] + b"Content-Length: %d\r\n" % size + CLOSE
                                     + head[head.index(b"X-Hub") :] + b"x" * size).startswith(b"HTTP/1.1 401 "))
         assert host.wait(accepted.json["deploy_id"])["status"] == "Succeeded"
+
+
+def test_a_large_body_is_not_kept_after_its_answer(tmp_path):
+    """Neither by connections that stay open nor by closed ones: the budget would be of no use."""
+    size = 8_000_000
+    head = post(b"Content-Length: %d\r\n" % size, body=b"").replace(b"sha256=", b"sha256=00")
+    with running(tmp_path, service(), '[server]\nmax_request_size = "8MB"\n') as host, contextlib.ExitStack() as stack:
+        assert host.get("/services").status == 200
+        before = status_field(host, "VmHWM")
+        for number in range(20):
+            with contextlib.ExitStack() as closed:
+                link = (closed, stack)[number % 2].enter_context(connected(host))
+                link.sendall(head + b"x" * size)
+                assert read_answer(link).startswith(b"HTTP/1.1 401 ")
+        assert status_field(host, "VmHWM") - before < 60_000
+
+
+def test_pipelining_clients_do_not_crowd_out_others(tmp_path):
+    """A connection has one turn at a time, however many events come for it."""
+    with running(tmp_path, service()) as host, contextlib.ExitStack() as stack:
+        links = [stack.enter_context(connected(host, "127.0.0.2")) for _ in range(4)]
+        over, taken = threading.Event(), []
+
+        def talk(link: socket.socket) -> None:
+            poll = select.poll()
+            link.setblocking(False)
+            poll.register(link, select.POLLIN | select.POLLOUT)
+            while not over.is_set():
+                with contextlib.suppress(BlockingIOError):
+                    link.send(get() * 1000)
+                with contextlib.suppress(BlockingIOError):
+                    taken.append(len(link.recv(1 << 20)))
+                poll.poll(100)
+
+        threads = [threading.Thread(target=talk, args=(link,)) for link in links]
+        for thread in threads:
+            thread.start()
+        try:
+            with connected(host, "127.0.0.3") as other:
+                for _ in range(200):
+                    answered = sum(taken)
+                    other.sendall(get())
+                    assert read_answer(other).startswith(b"HTTP/1.1 200 ")
+                    # While it waits, the others get no more answers than their buffers and a few turns of theirs give.
+                    assert sum(taken) - answered < 8_000_000
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+
+
+def test_a_100_does_not_move_the_deadline(tmp_path):
+    with running(tmp_path, service(), "[server]\nrequest_timeout = 2\n") as host, connected(host) as link:
+        link.sendall(post(length(), EXPECTING, body=b"")[:-2])
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() - began > 1.5)
+        link.sendall(b"\r\n")
+        assert read_answer(link).startswith(b"HTTP/1.1 100 ")
+        assert read_to_end(link).startswith(b"HTTP/1.1 408 ")
+        assert time.monotonic() - began < 3.4  # a new deadline would end after 3.5
+
+
+def test_a_log_that_nobody_reads_keeps_no_request_waiting(tmp_path):
+    """Standard error is a full pipe: refusals go on, their lines are counted, and told of when somebody reads again."""
+    host = Host(tmp_path, service(), f'[server]\nlisten = "127.0.0.1:{support.free_port()}"\n')
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 8192)
+    process = subprocess.Popen([sys.executable, str(support.PROGRAM), "-c", str(host.config), "run"], stdin=subprocess.DEVNULL, stderr=write)
+    os.close(write)
+    try:
+        host.port = int(re.search(r":(\d+)", host.config.read_text())[1])
+        wait_until(lambda: is_served(host, "127.0.0.1"))
+        for last in range(2, 30):
+            for _ in range(10):
+                assert exchange(host, get(b"/nothing", CLOSE), f"127.0.0.{last}").startswith(b"HTTP/1.1 404 ")
+        said = os.read(read, 1 << 16)
+        assert exchange(host, get(b"/nothing", CLOSE), "127.0.0.40").startswith(b"HTTP/1.1 404 ")
+        said += os.read(read, 1 << 16)
+        [lost] = [line for line in map(json.loads, said.splitlines()) if line["event"] == "log_lost"]
+        assert int(lost["message"].split()[0]) + said.count(b"request_refused") == 281
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(support.PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(read)
 
 
 def test_tiny_chunks_take_no_more_memory_than_they_bring(tmp_path):

@@ -641,6 +641,27 @@ def test_sighup_takes_a_new_certificate_and_leaves_open_connections_alone(tmp_pa
         assert read_to_end(old).startswith(b"HTTP/1.1 200 ")
 
 
+def test_a_client_of_an_authority_that_is_gone_gets_one_more_answer(tmp_path, certificates):
+    """A connection outlives neither the authority nor the certificate by which it was made."""
+    clients = tmp_path / "clients.pem"
+    shutil.copy(certificates.ca, clients)
+    with running_tls(tmp_path, certificates, client_ca=clients) as host, secure(host) as old:
+        old.sendall(get())
+        assert old.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        shutil.copy(certificates.other_ca, clients)
+        reload(host)
+        old.sendall(get())
+        answer = read_to_end(old)
+        assert answer.startswith(b"HTTP/1.1 200 ") and b"\r\nConnection: close\r\n" in answer
+
+
+def test_a_file_that_vanishes_during_a_reload_ends_nothing(tmp_path, certificates):
+    with running_tls(tmp_path, certificates) as host:
+        (tmp_path / "cert.pem").unlink()
+        reload(host, "reload_failed")
+        assert shown(host) == der(certificates.server)
+
+
 def test_sighup_does_not_turn_an_address_plain(tmp_path, certificates):
     """Whether there is TLS at all needs a restart, as the rest of [server] does."""
     with running_tls(tmp_path, certificates) as host:
@@ -733,6 +754,75 @@ def test_a_bad_file_is_one_clear_line_and_exit_78(tmp_path, certificates, comman
     assert done.returncode == 78 and heading == f"{host.config}: 1 problem"
     assert len(lines) == 1 and lines[0].startswith(f"  {path}: ") and re.search(words, lines[0])
     assert not host.data.exists()
+
+
+@pytest.fixture(scope="module")
+def odd_certificates(tmp_path_factory):
+    """Pairs (certificate, key) that work, and that clients refuse; and one that OpenSSL refuses."""
+    folder, openssl, faketime = tmp_path_factory.mktemp("odd"), need("openssl"), need("faketime")
+    pairs = {}
+    for name, shift, kind in (("expired", "-30d", ("ec", "-pkeyopt", "ec_paramgen_curve:P-256")), ("early", "+30d", ("ec", "-pkeyopt", "ec_paramgen_curve:P-256")),
+                              ("weak", "-1d", ("rsa:1024",))):
+        cert, key = pairs[name] = (folder / f"{name}.pem", folder / f"{name}.key")
+        subprocess.run([faketime, "-f", shift, openssl, "req", "-x509", "-newkey", *kind, "-nodes", "-days", "2", "-subj", "/CN=odd",
+                        "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return pairs
+
+
+def validate(host) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, str(PROGRAM), "-c", str(host.config), "validate"], capture_output=True, timeout=PATIENCE_S, text=True)
+
+
+@pytest.mark.parametrize("name, status, words", [
+    ("expired", 0, "warning: server.tls.cert: clients will not trust .*: certificate has expired"),
+    ("early", 0, "warning: server.tls.cert: clients will not trust .*: certificate is not yet valid"),
+    ("weak", 78, "server.tls.cert: .* cannot be used: .*key too small")])
+def test_a_certificate_that_clients_refuse_is_told(tmp_path, odd_certificates, name, status, words):
+    cert, key = odd_certificates[name]
+    done = validate(Host(tmp_path, service(), tls_config(cert, key)))
+    assert done.returncode == status and re.search(words, done.stderr)
+
+
+def test_an_expired_certificate_is_told_at_the_reload_that_brings_it(tmp_path, certificates, odd_certificates):
+    with running_tls(tmp_path, certificates) as host:
+        for source, name in zip(odd_certificates["expired"], ("cert.pem", "key.pem"), strict=True):
+            shutil.copy(source, tmp_path / name)
+        reload(host)
+        assert any("certificate has expired" in line["message"] for line in events(host, "config_warning"))
+
+
+def test_a_key_that_every_user_can_read_is_worth_a_warning(tmp_path, certificates):
+    key = tmp_path / "key.pem"
+    shutil.copy(certificates.server_key, key)
+    for mode, is_told in ((0o600, False), (0o640, False), (0o644, True)):
+        key.chmod(mode)
+        done = validate(Host(tmp_path, service(), tls_config(certificates.server, key)))
+        assert done.returncode == 0 and ("server.tls.key: " in done.stderr and "chmod o=" in done.stderr) == is_told
+
+
+def test_key_updates_are_taken_in_stride(host, certificates):
+    """The client renews its keys (TLS 1.3), with and without asking for the same; neither is data."""
+    openssl = need("openssl")
+    process = subprocess.Popen([openssl, "s_client", "-connect", f"127.0.0.1:{host.port}", "-CAfile", str(certificates.ca), "-tls1_3"],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = b""
+
+    def is_said(words: bytes, times: int = 1) -> bool:
+        nonlocal said
+        if select.select([process.stdout], [], [], 0)[0]:
+            said += os.read(process.stdout.fileno(), 1 << 16)
+        return said.count(words) >= times
+
+    try:
+        wait_until(lambda: is_said(b"Verify return code: 0"))
+        for times, line in enumerate((b"k\n", b"K\n", b"k\n", b"K\n"), 1):
+            os.write(process.stdin.fileno(), line)
+            wait_until(lambda: is_said(b"KEYUPDATE", times))
+        os.write(process.stdin.fileno(), get(b"/ready", CLOSE))
+        wait_until(lambda: is_said(b"HTTP/1.1 200 "))
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_good_files_validate(tmp_path, certificates):
