@@ -5428,7 +5428,7 @@ _BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n)|\x00")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 # Headers that are lists, which several lines may make up (RFC 9110, 5.3). Any other header may come once.
 _LIST_HEADERS = frozenset({"accept", "accept-encoding", "accept-language", "cache-control", "connection", "cookie", "forwarded", "prefer",
-                           "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-port", "x-forwarded-proto"})
+                           "via", "x-forwarded-for", "x-forwarded-proto"})
 
 
 class _Head(NamedTuple):

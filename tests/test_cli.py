@@ -484,6 +484,55 @@ def test_the_demo_stays_until_it_is_interrupted(public_folder):
     process.communicate()
 
 
+# --- whatever happens while it is followed
+
+def test_a_rate_limit_met_while_following_is_waited_out(tmp_path):
+    """75 would tell a CI to deploy again, though the first deployment runs."""
+    with running(tmp_path, service('["echo", "hello"]'), "[security]\nrate_limit = 20\n") as host:
+        while int(host.get("/nothing").headers["ratelimit"].partition("r=")[2].partition(";")[0]) > 1:
+            pass
+        done = host.cli("deploy", "web", "app:1")
+        assert done.returncode == 0 and "hello" in done.stdout and "Succeeded" in done.stderr
+        assert "RATE_LIMIT_EXCEEDED" in host.output.read_text()
+
+
+def test_a_deploy_that_was_accepted_never_ends_like_a_refusal(tmp_path):
+    """The server is restarted with another key while it runs: nothing can be asked any more, but it was accepted."""
+    with running(tmp_path, service(HOLD), '[security]\nread_access = "token"\n', secrets=f"read_token={TOKEN}\n") as host:
+        key = tmp_path / "key"
+        key.write_text(KEY)
+        process = subprocess.Popen([sys.executable, str(PROGRAM), "deploy", "web", "app:1", "--id", "orphan", "--url", host.urls[0],
+                                    "--key-file", str(key)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env={name: value for name, value in os.environ.items() if not name.startswith("HOOKSHOT_")})
+        wait_until(lambda: "deploy_repeated" in host.output.read_text())  # it asks for the outcome, for want of the token
+        host.secrets.write_text(f"hmac_key={KEY[1:]}\nread_token={TOKEN}\n")
+        host.kill()
+        host.start("--port", str(host.port))
+        said = process.communicate(timeout=support.PATIENCE_S * 2)[1]
+        assert process.returncode == 14 and "orphan was accepted" in said and "hookshot status orphan" in said and "Traceback" not in said
+        assert "trying again" in said
+
+
+@pytest.mark.parametrize("text", ["hmac_key={key}\n", "# secrets\nhmac_key={key}\n", "{key}\n{key}\n",
+                                  "-----BEGIN PRIVATE KEY-----\n{key}\n-----END PRIVATE KEY-----\n"])
+def test_a_file_that_holds_more_than_a_key_is_told(tmp_path, text):
+    file = tmp_path / "key"
+    file.write_text(text.replace("{key}", KEY))
+    done = run("deploy", "web", "app:1", "--url", "http://127.0.0.1:9", "--key-file", file)
+    assert done.returncode == 78 and is_one_sentence(done.stderr) and "holds more than a key" in done.stderr and KEY not in done.stderr
+
+
+def test_a_key_of_the_environment_is_looked_at_before_it_signs():
+    done = run("deploy", "web", "app:1", "--url", "http://127.0.0.1:9", env={"HOOKSHOT_HMAC_KEY": "short"})
+    assert done.returncode == 78 and is_one_sentence(done.stderr) and "HOOKSHOT_HMAC_KEY" in done.stderr and "16 bytes" in done.stderr
+
+
+@pytest.mark.parametrize("flags, words", [(("--url", ""), "--url is empty"), (("--url", "https://localhost:1", "--cert-key", "k.pem"), "--cert")])
+def test_flags_that_make_no_sense_are_told_with_2(flags, words):
+    done = run("services", *flags)
+    assert done.returncode == 2 and is_one_sentence(done.stderr) and words in done.stderr
+
+
 # --- over TLS
 
 @pytest.fixture(scope="module")
@@ -530,6 +579,7 @@ def test_a_certificate_that_is_not_trusted_is_told_with_69(secure, certificates,
                    env={"HOOKSHOT_HMAC_KEY": KEY})
     assert done.returncode == 69 and done.stdout == "" and is_one_sentence(done.stderr)
     assert url in done.stderr and "certificate" in done.stderr and "not trusted" in done.stderr
+    assert ("name its authority with --ca" in done.stderr) == (ca != "ca") and ("use a name" in done.stderr) == (ca == "ca")
     assert run("status", "untrusted", "--url", secure, "--ca", certificates.ca).returncode == 65
 
 
@@ -558,6 +608,7 @@ def test_http_to_a_tls_port_and_https_to_a_plain_one_are_told_in_one_sentence(se
         done = run("services", "--url", url)
         assert done.returncode in (65, 69) and is_one_sentence(done.stderr) and url in done.stderr
     assert "https" in run("services", "--url", secure.replace("https", "http")).stderr
+    assert "does not speak TLS" in done.stderr and "use http://" in done.stderr
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
@@ -571,7 +622,7 @@ def test_the_servers_own_configuration_pins_its_certificate_for_any_name(tmp_pat
         host.config.write_text(host.config.read_text().replace(str(certificates.server), str(certificates.renewed))
                                .replace(str(certificates.server_key), str(certificates.renewed_key)))
         done = run("-c", host.config, "services")
-        assert done.returncode == 69 and is_one_sentence(done.stderr) and "certificate" in done.stderr
+        assert done.returncode == 69 and is_one_sentence(done.stderr) and "SIGHUP" in done.stderr
 
 
 def test_a_chain_in_the_servers_file_pins_its_own_certificate_alone(tmp_path, certificates):
@@ -585,6 +636,13 @@ def test_a_chain_in_the_servers_file_pins_its_own_certificate_alone(tmp_path, ce
         host.config.write_text(host.config.read_text().replace(str(ours), str(theirs))
                                .replace(str(certificates.server_key), str(certificates.renewed_key)))
         assert run("-c", host.config, "services").returncode == 69
+
+
+def test_on_the_host_itself_a_unix_socket_needs_no_client_certificate(tmp_path, certificates):
+    host = tls_host(tmp_path, certificates, client_ca=True)
+    host.config.write_text(host.config.read_text().replace('listen = "127.0.0.1:0"', f'listen = ["127.0.0.1:0", "unix:{tmp_path}/socket"]'))
+    with contextlib.closing(host.start()):
+        assert run("-c", host.config, "services").returncode == 0
 
 
 def test_a_client_certificate_lets_in(mutual, certificates):

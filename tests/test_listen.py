@@ -180,6 +180,20 @@ def test_flags_stand_in_for_the_whole_list(tmp_path, flags, found):
 
 
 @ipv6
+@pytest.mark.parametrize("text", ["", "127.0.0.1:8080", "[::1]:8080", ":8080", "unix:/tmp/x", "a b", "http://localhost", "::g"])
+def test_bind_takes_nothing_but_a_host(tmp_path, text):
+    """An unset variable must not open every address of the host."""
+    done = client(Host(tmp_path, service()), "run", "--bind", text)
+    assert done.returncode == 2 and "is not a host" in done.stderr and "--port" in done.stderr
+
+
+@pytest.mark.parametrize("address", [":0", "0.0.0.0:0"])
+def test_what_listens_everywhere_says_so(tmp_path, address):
+    with running(tmp_path, service(), listen(address)) as host:
+        [line] = [json.loads(line)["message"] for line in host.output.read_text().splitlines() if '"started"' in line]
+        assert "(all addresses)" in line and ask(host.urls[0]).status == 200
+
+
 def test_bind_takes_an_ipv6_address_with_and_without_brackets(tmp_path):
     for address in ("::1", "[::1]"):
         with contextlib.closing(Host(tmp_path, service())) as host:

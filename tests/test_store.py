@@ -156,14 +156,19 @@ def test_the_same_request_again_is_the_same_deployment(store, same, ended):
     assert len(history(store)) == 1 and store.queue_counts() == ({} if ended else {"web": {"queued": 1, "active": 0}})
 
 
-@pytest.mark.parametrize("same", [{"deploy_id": "d-1"}, {"key": "k-1"}], ids=str)
-@pytest.mark.parametrize("other", [{"image": "app:2"}, {"service": "api"}, {"metadata": {"a": "1"}}], ids=str)
+@pytest.mark.parametrize("same, other", [({"deploy_id": "d-1"}, {"service": "api"}), *(
+    (same, other) for same in ({"deploy_id": "d-1"}, {"key": "k-1"}) for other in ({"image": "app:2"}, {"metadata": {"a": "1"}}))], ids=str)
 def test_the_same_id_with_another_body_is_a_conflict(store, same, other):
     first = submit(store, **same).deployment
     with pytest.raises(HookshotError) as caught:
         submit(store, **same, **other)
     assert caught.value.kind.code == "DEPLOY_ID_CONFLICT" and (same.get("deploy_id") or same["key"]) in caught.value.sentence
     assert history(store) == (first,)
+
+
+def test_the_same_key_for_another_service_is_another_key(store):
+    first, second = submit(store, key="k-1"), submit(store, key="k-1", service="api")
+    assert first.created and second.created and first.deployment.deploy_id != second.deployment.deploy_id
 
 
 def test_a_repeated_request_is_no_reason_to_refuse_a_busy_service(store):
