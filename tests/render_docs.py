@@ -163,7 +163,7 @@ def render_exits() -> str:
     meanings: dict[int, list[str]] = {hookshot.EXIT_OK: ["fine"]}
     for state, status in hookshot.EXIT_OF_STATE.items():
         meanings.setdefault(status, []).append(f"the deployment ended as {state}")
-    meanings[hookshot.EXIT_STILL_RUNNING] = ["the deployment still ran when the wait ended"]
+    meanings[hookshot.EXIT_STILL_RUNNING] = ["the deployment still ran when the wait ended, or was accepted and could not be followed to its end"]
     meanings[hookshot.EXIT_INTERRUPTED] = ["interrupted with Ctrl-C"]
     for name, kind in hookshot.ERRORS.items():
         words = kind.title[0].lower() + kind.title[1:] if name in LOCAL_ERRORS else code(kind.code)

@@ -233,7 +233,7 @@ def test_a_deploy_by_curl_works(tmp_path, block):
 
 
 def test_every_block_that_says_it_runs_is_run_here():
-    assert {block.run for block in read_blocks() if block.run} == {"quickstart", "curl", "timestamp"}
+    assert {block.run for block in read_blocks() if block.run} == {"quickstart", "curl", "timestamp", "nginx", "caddy"}
 
 
 # --- prose

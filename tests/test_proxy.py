@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MPL-2.0
+"""Hookshot behind real proxies, configured as docs/configuration.md says."""
+
+import contextlib
+import http.client
+import os
+import re
+import subprocess
+
+import pytest
+
+import hookshot
+from support import KEY, PATIENCE_S, ROOT, Answer, free_port, need, running, service, wait_until
+
+TOKEN = "t0k3n-of-a-reader-0123456789abcdefgh"
+HOLD = '["sh", "-c", "echo begin; until [ -e go ]; do kill -0 $PPID || exit; sleep 0.02; done; echo end"]'
+NGINX = "@USER@pid nginx.pid;\ndaemon off;\nerror_log stderr;\nevents {}\nhttp {\naccess_log off;\n" + "".join(
+    f"{name}_temp_path {name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")) + "server {\nlisten 127.0.0.1:@PORT@;\n@BLOCK@}\n}\n"
+CADDY = "{\nadmin off\n}\nhttp://:@PORT@ {\nbind 127.0.0.1\n@BLOCK@}\n"
+
+
+def block_of(name: str) -> str:
+    """Return the configuration of a proxy that the documentation shows."""
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    return re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", text, re.DOTALL)[1]
+
+
+@contextlib.contextmanager
+def proxy(name: str, folder, backend: int):
+    """Give the port of a running nginx or Caddy in front of a port."""
+    program, port, block = need(name), free_port(), block_of(name)
+    assert "127.0.0.1:8080" in block
+    user = "user root;\n" if os.geteuid() == 0 else ""
+    text = {"nginx": NGINX, "caddy": CADDY}[name].replace("@USER@", user).replace("@PORT@", str(port)) \
+        .replace("@BLOCK@", block.replace("127.0.0.1:8080", f"127.0.0.1:{backend}"))
+    file = folder / f"{name}.conf"
+    file.write_text(text)
+    command = {"nginx": [program, "-p", folder, "-c", file], "caddy": [program, "run", "--adapter", "caddyfile", "--config", file]}[name]
+    with open(folder / "proxy.log", "wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                   env={**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)})
+        try:
+            wait_until(lambda: is_up(port) or process.poll() is not None)
+            assert process.poll() is None, (folder / "proxy.log").read_text()
+            yield port
+        finally:
+            process.terminate()
+            process.wait(PATIENCE_S)
+
+
+def is_up(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        return ask(port, "GET", "/ready").status == 200
+    return False
+
+
+@contextlib.contextmanager
+def link_to(port: int, source: str = "127.0.0.1"):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, PATIENCE_S, (source, 0))) as link:
+        yield link
+
+
+def ask(port: int, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None, source: str = "127.0.0.1") -> Answer:
+    with link_to(port, source) as link:
+        link.request(method, path, body, headers or {})
+        return Answer(link.getresponse())
+
+
+@pytest.fixture(params=["nginx", "caddy"], scope="module")
+def proxied(request, tmp_path_factory):
+    """A host whose proxy is trusted, and the proxy's port."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = '[security]\ntrusted_proxies = ["127.0.0.1"]\nread_access = "local"\n'
+    with running(folder / "host", service(HOLD), config, secrets=f"read_token={TOKEN}\n") as host, proxy(request.param, folder, host.port) as port:
+        yield host, port
+
+
+@pytest.mark.parametrize("forged", [{}, {"X-Forwarded-For": "10.0.0.1"}, {"Forwarded": "for=10.0.0.2"}, {"X-Real-IP": "10.0.0.3"},
+                                    {"Forwarded": 'for=10.0.0.4;host="x', "X-Forwarded-For": "127.0.0.1"}], ids=str)
+def test_the_record_names_the_client_whatever_it_says_of_itself(proxied, forged):
+    host, port = proxied
+    (host.folder / "go").touch()
+    body = b'{"service": "web", "image": "app:1", "dry_run": false}'
+    headers = {"X-Hub-Signature-256": hookshot.sign(KEY.encode(), body), "Content-Type": "application/json", **forged}
+    answer = ask(port, "POST", "/deploy", body, headers, source="127.0.0.7")
+    assert answer.status == 202
+    assert host.wait(answer.json["deploy_id"])["triggered_by"]["address"] == "127.0.0.7"
+
+
+def test_who_comes_through_a_proxy_is_not_this_host(proxied):
+    host, port = proxied
+    assert host.get("/services").status == 200
+    for headers in ({}, {"Host": "localhost"}, {"Host": "127.0.0.1", "X-Forwarded-For": "127.0.0.1"}):
+        assert ask(port, "GET", "/services", headers=headers).status == 401
+    assert ask(port, "GET", "/services", headers={"Authorization": f"Bearer {TOKEN}"}).status == 200
+
+
+@pytest.mark.parametrize("accept", ["text/plain", "text/event-stream"])
+def test_a_log_that_is_followed_comes_through_line_by_line(proxied, accept):
+    host, port = proxied
+    (host.folder / "go").unlink(missing_ok=True)
+    deploy_id = host.deploy()
+    with link_to(port) as link:
+        link.request("GET", f"/logs/{deploy_id}?follow=1", headers={"Authorization": f"Bearer {TOKEN}", "Accept": accept})
+        response = link.getresponse()
+        assert response.status == 200
+        # It has not ended, and will not before this line has come through.
+        assert any(b"begin" in line for line in iter(response.readline, b""))
+        (host.folder / "go").touch()
+        rest = response.read()
+    assert b"end" in rest and host.wait(deploy_id)["status"] == "Succeeded"
+
+
+def test_one_client_that_is_refused_for_its_rate_leaves_the_others_alone(tmp_path):
+    config = '[security]\ntrusted_proxies = ["127.0.0.1"]\nrate_limit = 3\n'
+    with running(tmp_path / "host", service(), config) as host, proxy("nginx", tmp_path, host.port) as port:
+        assert [ask(port, "GET", "/nothing", source="127.0.0.8").status for _ in range(5)] == [404] * 3 + [429] * 2
+        assert ask(port, "GET", "/nothing", source="127.0.0.9").status == 404
