@@ -3085,9 +3085,9 @@ class Store:
 
     @staticmethod
     def _find_same(db: sqlite3.Connection, request: DeployRequest) -> Deployment | None:
-        for column, value, clause in (("deploy_id", request.deploy_id, "deploy_id=?"),
-                                      ("idempotency_key", request.idempotency_key, "idempotency_key=? AND service=?")):
-            values = (value, request.service)[: clause.count("?")]
+        for column, value, clause, values in (
+                ("deploy_id", request.deploy_id, "deploy_id=?", (request.deploy_id,)),
+                ("idempotency_key", request.idempotency_key, "service=? AND idempotency_key=?", (request.service, request.idempotency_key))):
             row = value and db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE {clause}", values).fetchone()
             if row:
                 existing = _deployment_of(row)
@@ -4872,8 +4872,8 @@ def _check_rate(app: App, request: Request, address: Peer, per_minute: int) -> F
     headers = (("RateLimit-Policy", f'"default";q={per_minute};w=60'), ("RateLimit", f'"default";r={allowance.left};t={allowance.reset_s}'))
     if allowance.wait_s:
         _hint_at_proxy(app, request)
-        raise HookshotError("rate_limited", f"too many requests from this address: at most {per_minute} a minute (security.rate_limit)", retry_after_s=int(allowance.wait_s) + 1,
-                            headers=headers)
+        raise HookshotError("rate_limited", f"too many requests from this address: at most {per_minute} a minute (security.rate_limit)",
+                            retry_after_s=int(allowance.wait_s) + 1, headers=headers)
     return headers
 
 
