@@ -2521,8 +2521,8 @@ def end_groups(pgids: Iterable[int], *, kill_after_s: float = KILL_AFTER_S) -> N
 # === 12. LOG ==========================================================================================================
 # The server's own lines on stderr, JSON or for people, and the masking of secrets in everything that is kept.
 #
-# 1. One line, one write: lines of threads never mix.
-# 2. A log that cannot be written never stops a deployment.
+# 1. Lines of threads never mix.
+# 2. A log that cannot be written, or that nobody reads any more, stops nothing.
 # 3. Control characters from outside are made visible before they reach a line.
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -2578,7 +2578,11 @@ class Log:
 
     def __init__(self, level: str = "info", style: str = "json", descriptor: int = 2):
         self._descriptor = descriptor
+        self._out = _own_description(descriptor)
+        self._poll = select.poll()
+        self._poll.register(self._out, select.POLLOUT)
         self._lock = threading.Lock()
+        # Lines that could not be written; whether the last one ended in the middle.
         self._lost, self._is_cut = 0, False
         self.set_up(level, style, Masker())
 
@@ -2599,24 +2603,34 @@ class Log:
             return
         known = {name: value for name, value in fields.items() if value is not None}
         line = self.masker.mask(self._render(level, event, message, known, now_ms(), self._is_coloured).encode("utf-8", "replace"))
-        with self._lock, contextlib.suppress(OSError):
-            if self._lost and self._put(self._render("warning", "log_lost", f"{self._lost} lines of the log were lost: nobody read them", {},
-                                                     now_ms(), self._is_coloured).encode()):
-                self._lost = 0
+        with self._lock:
+            if self._lost:
+                told = self._render("warning", "log_lost", f"lines of the log that could not be written: {self._lost}", {}, now_ms(), self._is_coloured)
+                self._lost = 0 if self._put(told.encode()) else self._lost
             self._lost += not self._put(line)
 
     def _put(self, line: bytes) -> bool:
         """Write a line if that needs no waiting: whoever ought to read it may have stopped, and requests must not stop with him."""
-        line, self._is_cut = b"\n" * self._is_cut + line, False
+        content = b"\n" * self._is_cut + line
+        rest = content
         # A pipe that is ready takes as much as this at once (pipe(7), PIPE_BUF).
-        for start in range(0, len(line), _LOG_PIECE_BYTES):
-            poll = select.poll()
-            poll.register(self._descriptor, select.POLLOUT)
-            if not poll.poll(0):
-                self._is_cut = start > 0
-                return False
-            os.write(self._descriptor, line[start : start + _LOG_PIECE_BYTES])
-        return True
+        with contextlib.suppress(OSError):
+            while rest and self._poll.poll(0):
+                rest = rest[os.write(self._out, rest[:_LOG_PIECE_BYTES]) :]
+        if rest != content:
+            self._is_cut = bool(rest) and len(rest) < len(line)
+        return not rest
+
+
+def _own_description(descriptor: int) -> int:
+    """Return a descriptor for the same terminal or pipe that never waits; where there cannot be one, the same descriptor.
+
+    Not by O_NONBLOCK on the given one: that would change it for every program that shares the terminal.
+    """
+    with contextlib.suppress(OSError):
+        if os.isatty(descriptor) or stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    return descriptor
 
 
 def wants_colour(descriptor: int) -> bool:
@@ -4773,7 +4787,7 @@ def _first_untrusted(hops: Sequence[str], peer: Peer, trusted: Sequence[Network 
 
 
 # A pair of RFC 7239, 4, and what ends it. A value that is not quoted may hold what ought to be: many proxies write it so.
-_FORWARDED_PAIR = re.compile(r"""[ \t]*(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+)=("(?:[^"\\]|\\.)*"|[^\s",;]*))?[ \t]*([;,]|$)""", re.ASCII)
+_FORWARDED_PAIR = re.compile(r"""[ \t]*(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+)=("(?:[^"\\]|\\.)*"|[^\s",;]*)[ \t]*)?([;,]|$)""", re.ASCII)
 _MAX_FORWARDED_PAIRS = 200
 
 
@@ -5777,7 +5791,7 @@ class _Connection:
         self._context: Any = None
         self._buffer, self._unsent = b"", b""
         self._held_bytes = 0
-        self._is_in_request = self._may_skip = self._has_tried = self._closes = False
+        self._is_in_request = self._may_skip = self._has_tried = self._closes = self._may_shake = False
         self._waits_for, self._watches = _AGAIN, 0
         self._job: tuple[Route, Request, _Head, Fields] | None = None
         self._conversation: _Conversation = self._converse()
@@ -5792,15 +5806,11 @@ class _Connection:
         self._has_tried = True
         self.turn()
 
-    def wake(self) -> None:
-        """What was waited for may be there."""
-        if self.is_shaking:
-            self._server.turn_again(self)
-        else:
-            self.turn()
-
     def turn(self) -> None:
         """Go on if what the conversation waits for is there."""
+        if self._waits_for is _SHAKE and not self._may_shake:
+            self._server.shake_on(self)
+            return
         given: bytes | None = None
         waits_for = self._waits_for
         try:
@@ -5832,6 +5842,12 @@ class _Connection:
         else:
             self._go_on(given)
 
+    def shake(self) -> None:
+        """Go on with the handshake, which may take milliseconds."""
+        self._may_shake = True
+        self.turn()
+        self._may_shake = False
+
     def expire(self) -> None:
         """The deadline is over: a request that is on its way is told so, anything else just ends."""
         if self._is_in_request and self._waits_for is _READ:
@@ -5859,11 +5875,6 @@ class _Connection:
             self._end_tls()
             self._link.close()
             self._server.forget(self)
-
-    @property
-    def is_shaking(self) -> bool:
-        """Whether the next turn goes on with a TLS handshake, which takes milliseconds."""
-        return self._waits_for is _SHAKE
 
     @property
     def is_away(self) -> bool:
@@ -5897,7 +5908,7 @@ class _Connection:
 
     def _watch(self, events: int) -> None:
         if events != self._watches:
-            self._server.watch(self._link, self._watches, events, self.wake)
+            self._server.watch(self._link, self._watches, events, self.turn)
             self._watches = events
 
     # --- what is said
@@ -6336,10 +6347,14 @@ class HttpServer:
                     self._returned.popleft().come_back()
                 # Answers go out together here, after everything that has come is read: a client is woken once, not for each.
                 for _ in range(len(self._again)):
-                    self._take_turn(self._again)
-                # One a time: a crowd that shakes hands must not keep those waiting who have done so.
+                    connection = self._again.popleft()
+                    connection.is_queued = False
+                    connection.turn()
+                # One at a time: a crowd that shakes hands must not keep those waiting who have done so.
                 if self._shaking:
-                    self._take_turn(self._shaking)
+                    connection = self._shaking.popleft()
+                    connection.is_queued = False
+                    connection.shake()
                 if (now := time.monotonic()) >= sweep_at:
                     sweep_at = now + _TURN_S
                     self._sweep(now)
@@ -6347,12 +6362,6 @@ class HttpServer:
                 self.app.publish(Broken("server", error))
                 time.sleep(_TURN_S)  # a bug that comes again at once must not fill the log
         self._end()
-
-    @staticmethod
-    def _take_turn(waiting: collections.deque[_Connection]) -> None:
-        connection = waiting.popleft()
-        connection.is_queued = False
-        connection.turn()
 
     def close(self, patience_s: float) -> None:
         """Stop serving; requests in threads have that long to end. Any thread but serve()'s."""
@@ -6437,7 +6446,13 @@ class HttpServer:
         """Have a connection's turn come again soon, without waiting for anything; once, however often this is asked for."""
         if not connection.is_queued:
             connection.is_queued = True
-            (self._shaking if connection.is_shaking else self._again).append(connection)
+            self._again.append(connection)
+
+    def shake_on(self, connection: _Connection) -> None:
+        """Have a connection go on with its handshake when it is its turn, once."""
+        if not connection.is_queued:
+            connection.is_queued = True
+            self._shaking.append(connection)
 
     def send_away(self, connection: _Connection) -> None:
         """Start the thread of a connection's request."""
@@ -6562,7 +6577,7 @@ def _check_server(config: Config, place: Place) -> None:
         if listen.path and not os.path.isdir(folder):
             (place / "listen").problem(f"{folder} does not exist; create it (RuntimeDirectory= in a unit)")
         elif not listen.path and is_plain and not is_loopback(parse_address(listen.host)) and listen.host != "localhost":
-            (place / "listen").warning(f"{listen} speaks plain HTTP beyond this host, so others may read what is sent; "
+            (place / "listen").warning(f"{listen} may speak plain HTTP beyond this host, and others then read what is sent; "
                                        "set [server.tls], or put a TLS proxy in front and name it in security.trusted_proxies")
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     # Who follows a log has that open too.
@@ -6880,7 +6895,7 @@ class Trust(NamedTuple):
                 for file in (self.cert, self.cert_key or self.cert):
                     read_text(file)
                 if problem := load_chain(context, self.cert, self.cert_key or self.cert):
-                    raise HookshotError("config", problem[1] + ("" if self.cert_key else "; name its key with --cert-key"))
+                    raise HookshotError("config", problem[1] + ("; name the key with --cert-key" if problem[0] == "key" and not self.cert_key else ""))
         except (ssl.SSLError, ValueError):
             raise HookshotError("config", f"{file} holds no certificates in PEM") from None
         except OSError as error:
@@ -6979,6 +6994,8 @@ class Client:
             link.request(method, self._parts.path.rstrip("/") + path, body or None,
                          {"User-Agent": f"hookshot/{__version__}", "Accept": "application/json", **authorization, **headers})
             response = link.getresponse()
+        except UnicodeError:  # a host or a path that no URL can have; a token that no header can
+            raise HookshotError("usage", f"{clip(escape_controls(self.url), 200)} or the token cannot be sent: they must be plain ASCII") from None
         except (OSError, http.client.HTTPException) as error:
             link.close()
             raise self._unreachable(error) from None
@@ -7003,7 +7020,7 @@ class Client:
             given = f"does not accept the client certificate {self._trust.cert}" if self._trust.cert else \
                 "may want a client certificate; name yours with --cert and --cert-key"
             return HookshotError("access_denied", f"{self.url} refused the TLS handshake ({words_of(reason)}) and {given}")
-        if isinstance(reason, str):
+        if isinstance(reason, str) and "EOF" not in reason:
             return HookshotError("unreachable", f"{self.url} does not speak TLS ({words_of(reason)}); if it speaks plain HTTP, use http://")
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, PermissionError):
@@ -7018,7 +7035,10 @@ class Client:
         except ValueError:
             advice = "a proxy answers, and the server behind it does not" if response.status in (502, 503, 504) else "is this a Hookshot server?"
             raise HookshotError("unreachable", f"{self.url} answered {response.status} without JSON; {advice}") from None
-        if isinstance(document, dict) and "code" in document and "error" in document and response.status >= 400:
+        # The ending of a deployment may be a 500 too.
+        if not isinstance(document, dict) or (response.status >= 400 and not {"code", "deploy_id"} & document.keys()):
+            raise HookshotError("unreachable", f"{self.url} answered {response.status} with JSON of its own; is this a Hookshot server?")
+        if "code" in document and "error" in document and response.status >= 400:
             name, pause = KIND_OF_CODE.get(str(document["code"]), "internal"), response.getheader("Retry-After", "")
             raise HookshotError(name, f"{self.url} refused: {escape_controls(str(document['error']))}",
                                 retry_after_s=int(pause) if re.fullmatch(r"\d{1,5}", pause, re.ASCII) else None)
@@ -7071,30 +7091,30 @@ class ProgressLine:
 
 
 class _Contact:
-    """How long a server has not been heard of, and so whether it makes sense to try again."""
+    """Since when a server cannot be reached, and so whether it makes sense to try again."""
 
     def __init__(self) -> None:
-        self._since, self._is_lost = time.monotonic(), False
+        self._lost_at: float | None = None
 
     def note(self) -> None:
         """The server has answered."""
-        self._since, self._is_lost = time.monotonic(), False
+        self._lost_at = None
 
     def wait(self, error: HookshotError, deadline: float) -> None:
         """Sleep until another try makes sense; raise the error if none does."""
+        now, pause_s = time.monotonic(), 1.0
         if error.name != "unreachable" and error.kind.exit != ERRORS["busy"].exit:
             raise error
-        pause_s = 1.0
         if error.name != "unreachable":
             # "Try again later" is an answer too: a server that drains gives it for as long as its deployments run.
             self.note()
             pause_s = min(error.retry_after_s or pause_s, _MAX_PAUSE_S)
-        elif time.monotonic() - self._since > _RECONNECT_S:
-            raise error
-        elif not self._is_lost:
-            self._is_lost = True
+        elif self._lost_at is None and now < deadline:
+            self._lost_at = now
             print(f"{error.sentence.partition(';')[0]}; trying again for {_RECONNECT_S:.0f} s", file=sys.stderr, flush=True)
-        time.sleep(max(0.0, min(pause_s, deadline - time.monotonic())))
+        elif self._lost_at is not None and now - self._lost_at > _RECONNECT_S:
+            raise error
+        time.sleep(max(0.0, min(pause_s, deadline - now)))
 
 
 def follow_deployment(client: Client, deploy_id: str, body: bytes | None, line: ProgressLine, deadline: float) -> str | None:
@@ -7131,11 +7151,14 @@ def wait_for_outcome(client: Client, body: bytes, deadline: float) -> Mapping[st
     """Return what the server says of the ended deployment of a request, or None when the deadline came first."""
     contact = _Contact()
     while (left_s := deadline - time.monotonic()) > 0:
+        asked = time.monotonic()
         try:
             document = client.post_deploy(body, wait_s=max(1, min(_POLL_WAIT_S, int(left_s)))).document
             contact.note()
             if document.get("status") in TERMINAL:
                 return document
+            # An answer that comes too soon is answered by patience.
+            time.sleep(max(0.0, min(asked + 1.0, deadline) - time.monotonic()))
         except HookshotError as error:
             contact.wait(error, deadline)
     return None
@@ -7148,6 +7171,8 @@ def wait_for_outcome(client: Client, body: bytes, deadline: float) -> Mapping[st
 # 2. Every failure is one plain sentence and an exit status from ERRORS; a trace only with --log-level debug.
 
 DEFAULT_CONFIG = "/etc/hookshot/config.toml"
+# The deployment has ended, so its outcome is there to be asked for.
+_OUTCOME_PATIENCE_S = 60.0
 
 
 def _say(*words: object) -> None:
@@ -7307,15 +7332,16 @@ def _read_key_file(path: str) -> bytes:
         text = read_text(path, 1 << 16).strip()
     except (OSError, ValueError) as error:
         raise HookshotError("config", f"the key file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if "\n" in text or "PRIVATE KEY" in text or re.match(r"[A-Za-z0-9_.-]+\s*=\s*\S", text):
+    if "\n" in text or "PRIVATE KEY" in text or re.match(r"[A-Za-z0-9_.-]+\s*=\s*[^\s=]", text):
         raise HookshotError("config", f"{path} holds more than a key; a key file holds the key alone, as `hookshot keygen` prints it")
     return _checked_key(text, f"the key in {path}")
 
 
 def _checked_key(text: str, name: str) -> bytes:
-    if problem := check_key(text.encode()):
+    key = text.encode("utf-8", "surrogateescape")
+    if problem := check_key(key):
         raise HookshotError("config", f"{name} {problem}")
-    return text.encode()
+    return key
 
 
 def _url_of(server: Server) -> str:
@@ -7334,6 +7360,8 @@ def _client(args: argparse.Namespace) -> Client:
     text = given["HOOKSHOT_HMAC_KEY"]
     key = _read_key_file(key_file) if key_file else _checked_key(text, "the key in HOOKSHOT_HMAC_KEY") if text else None
     token = given["HOOKSHOT_READ_TOKEN"]
+    if token and not (token.isascii() and token.isprintable()):
+        raise HookshotError("usage", "the token in HOOKSHOT_READ_TOKEN has characters that no header can have")
     trust = Trust(args.ca or os.environ.get("HOOKSHOT_CA"), args.cert or os.environ.get("HOOKSHOT_CERT"),
                   args.cert_key or os.environ.get("HOOKSHOT_CERT_KEY"))
     if trust.cert_key and not trust.cert:
@@ -7365,31 +7393,39 @@ def deploy(args: argparse.Namespace) -> int:
     document |= {"dry_run": True} if args.dry_run else {}
     body = render_json(document)
     client = _client(args)
-    reply = client.post_deploy(body)
+    # Not waiting for the end here, even where the server would (server.deploy_response): its id must be known first.
+    reply = client.post_deploy(body, wait_s=0)
     if args.dry_run:
         _print_json(reply.document) if args.json else _print_plan(reply.document)
         return EXIT_OK
-    deploy_id = str(reply.document["deploy_id"])
-    _say(f"{'accepted' if reply.status == 202 else 'known already'}: {args.service} {args.image} as {deploy_id}")
+    latest, deploy_id = reply.document, str(reply.document["deploy_id"])
+    _say(f"{'accepted' if latest.get('position') else 'known already'}: {args.service} {args.image} as {deploy_id}")
     if not args.wait:
-        _print_json(reply.document) if args.json else print(deploy_id)
+        _print_json(latest) if args.json else print(deploy_id)
         return EXIT_OK
-    try:
-        status = reply.document.get("status")
-        if status not in TERMINAL:
-            status = _follow(client, args, deploy_id, body)
-        outcome = status and wait_for_outcome(client, body, time.monotonic() + args.timeout)
-    except HookshotError as error:
-        # Whatever kept the client from following it, the deployment was accepted: no exit status may look like a refusal.
-        _say(f"{error.sentence}\n{deploy_id} was accepted and goes on; look at it with: hookshot status {deploy_id}")
-        return EXIT_STILL_RUNNING
-    if outcome is None:
-        _say(f"{deploy_id} still runs after {args.timeout} s; look at it with: hookshot status {deploy_id}")
-        return EXIT_STILL_RUNNING
+    latest, why = _follow_to_the_end(client, args, latest, body)
     if args.json:
-        _print_json(outcome)
-    _say(_describe_outcome(outcome))
-    return EXIT_OF_STATE[State(outcome["status"])]
+        _print_json(latest)
+    if latest.get("status") not in TERMINAL:
+        _say(f"{why or f'it still runs after {args.timeout} s'}\n{deploy_id} was accepted and goes on; look at it with: hookshot status {deploy_id}")
+        return EXIT_STILL_RUNNING
+    _say(_describe_outcome(latest))
+    return EXIT_OF_STATE[State(latest["status"])]
+
+
+def _follow_to_the_end(client: Client, args: argparse.Namespace, latest: dict[str, Any], body: bytes) -> tuple[dict[str, Any], str | None]:
+    """Return what is known of an accepted deployment at last, and why it is not more.
+
+    Whatever keeps the client from following it, it was accepted: that must not be told as a refusal.
+    """
+    try:
+        if latest.get("status") not in TERMINAL:
+            status = _follow(client, args, str(latest["deploy_id"]), body)
+            latest = {**latest, "status": status} if status else latest
+            latest = status and wait_for_outcome(client, body, time.monotonic() + _OUTCOME_PATIENCE_S) or latest
+    except HookshotError as error:
+        return latest, error.sentence
+    return latest, None
 
 
 def _follow(client: Client, args: argparse.Namespace, deploy_id: str, body: bytes | None) -> str | None:

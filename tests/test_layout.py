@@ -196,7 +196,7 @@ CONFINED = {
     "os.getpgrp": "ENGINE",
     "os.killpg": "WORLD",
     "os.makedirs": "WORLD CLI",
-    "os.open": "WORLD SECRETS RUN CLI",
+    "os.open": "WORLD LOG SECRETS RUN CLI",
     "os.setpriority": "RUN",
     "os.umask": "DAEMON",
     "os.unlink": "STORE SERVER",
