@@ -7407,7 +7407,8 @@ def deploy(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(latest)
     if latest.get("status") not in TERMINAL:
-        _say(f"{why or f'it still runs after {args.timeout} s'}\n{deploy_id} was accepted and goes on; look at it with: hookshot status {deploy_id}")
+        said = f"{why}\n{deploy_id} was accepted and goes on" if why else f"{deploy_id} still runs after {args.timeout} s"
+        _say(f"{said}; look at it with: hookshot status {deploy_id}")
         return EXIT_STILL_RUNNING
     _say(_describe_outcome(latest))
     return EXIT_OF_STATE[State(latest["status"])]

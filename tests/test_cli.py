@@ -3,6 +3,7 @@
 
 import contextlib
 import http.client
+import http.server
 import json
 import os
 import pathlib
@@ -213,7 +214,10 @@ def test_no_wait_prints_the_id_and_leaves(tmp_path):
         document = json.loads(host.cli("deploy", "web", "app:1", "--no-wait", "--json").stdout)
         assert document["status"] == "Queued"
         late = host.cli("deploy", "web", "app:1", "--timeout", "1")
-        assert late.returncode == 14 and "still" in late.stderr.splitlines()[-1]
+        assert late.returncode == 14 and "still" in late.stderr.splitlines()[-1] and "trying again" not in late.stderr
+        # A program that waited in vain needs the id all the same.
+        late = host.cli("deploy", "web", "app:1", "--timeout", "1", "--json", "--id", "late")
+        assert late.returncode == 14 and json.loads(late.stdout)["deploy_id"] == "late"
         (tmp_path / "go").touch()
         assert host.wait(document["deploy_id"])["status"] == "Succeeded"
 
@@ -511,6 +515,82 @@ def test_a_deploy_that_was_accepted_never_ends_like_a_refusal(tmp_path):
         said = process.communicate(timeout=support.PATIENCE_S * 2)[1]
         assert process.returncode == 14 and "orphan was accepted" in said and "hookshot status orphan" in said and "Traceback" not in said
         assert "trying again" in said
+
+
+@contextlib.contextmanager
+def answering(*answers: tuple[int, bytes]):
+    """Give the URL of a server that gives these answers in turn, the last one for ever, and the list of what it was asked."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            asked.append(self.path)
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, body = answers[min(len(asked), len(answers)) - 1]
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = answer
+        log_message = lambda self, *args: None
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+ACCEPTED = (202, b'{"deploy_id": "x", "service": "web", "status": "Queued", "image": "app:1", "position": 1}')
+UNREADABLE = (401, b'{"code": "AUTHENTICATION_ERROR", "error": "reading needs the bearer token"}')
+
+
+@pytest.mark.parametrize("last", [(502, b'{"message": "Bad Gateway"}'), (200, b""), (202, b"[]"), ACCEPTED, (502, b"<html>")], ids=str)
+def test_a_follower_is_patient_with_answers_that_come_too_soon(last):
+    with answering(ACCEPTED, UNREADABLE, last) as (url, asked):
+        done = run("deploy", "web", "app:1", "--id", "x", "--url", url, "--timeout", "3", env={"HOOKSHOT_HMAC_KEY": KEY})
+    assert done.returncode == 14 and "Traceback" not in done.stderr and "hookshot status x" in done.stderr
+    assert 3 <= len(asked) <= 8
+
+
+@pytest.mark.parametrize("answer", [(404, b'{"detail": "x"}'), (502, b'{"message": "x"}'), (200, b"null"), (200, b"[1]"), (200, b"")], ids=str)
+@pytest.mark.parametrize("args", [("deploy", "web", "app:1"), ("status", "x"), ("services",), ("history",)], ids=" ".join)
+def test_another_server_is_told_and_is_no_bug(args, answer):
+    with answering(answer) as (url, _):
+        done = run(*args, "--url", url, env={"HOOKSHOT_HMAC_KEY": KEY})
+    assert done.returncode == 69 and is_one_sentence(done.stderr) and url in done.stderr
+
+
+@pytest.mark.parametrize("env, flags", [({}, ("--url", "http://a..b")), ({}, ("--url", "http://127.0.0.1:9/\xfc")),
+                                        ({"HOOKSHOT_READ_TOKEN": "\u2603" * 20}, ("--url", "http://127.0.0.1:9")),
+                                        ({"HOOKSHOT_READ_TOKEN": "a\nb"}, ("--url", "http://127.0.0.1:9"))], ids=str)
+def test_what_cannot_be_sent_is_told_with_2_or_69(env, flags):
+    done = run("services", *flags, env=env)
+    assert done.returncode in (2, 69) and is_one_sentence(done.stderr) and "bug" not in done.stderr
+
+
+def test_a_server_that_answers_when_it_is_over_is_followed_all_the_same(tmp_path):
+    """deploy_response = "completed": the client asks for the id first, and is not timed out by a long deployment."""
+    with running(tmp_path, service(HOLD), '[server]\ndeploy_response = "completed"\n') as host:
+        done = host.cli("deploy", "web", "app:1", "--no-wait")
+        deploy_id = done.stdout.strip()
+        assert done.returncode == 0 and "accepted" in done.stderr and host.record(deploy_id)["status"] != "Succeeded"
+        (tmp_path / "go").touch()
+        again = host.cli("deploy", "web", "app:1", "--id", deploy_id)
+        assert again.returncode == 0 and "known already" in again.stderr and "Succeeded" in again.stderr
+        other = host.cli("deploy", "web", "app:2")
+        assert other.returncode == 0 and "accepted" in other.stderr and "known already" not in other.stderr
+
+
+@pytest.mark.parametrize("key", [KEY + "==", "abcDEF012_-" * 4 + "==", "whsec_" + "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo=" ])
+def test_a_key_may_be_base64(tmp_path, key):
+    file = tmp_path / "key"
+    file.write_text(key + "\n")
+    assert run("deploy", "web", "app:1", "--url", "http://127.0.0.1:9", "--key-file", file).returncode == 69
 
 
 @pytest.mark.parametrize("text", ["hmac_key={key}\n", "# secrets\nhmac_key={key}\n", "{key}\n{key}\n",

@@ -750,6 +750,17 @@ FORWARDED = {
 }
 
 
+@pytest.mark.parametrize("text", ["for=1.1.1.1," + " " * 15_000 + "x", "\t" * 15_000, "," * 15_000, ";" * 15_000, "a=" * 7_000,
+                                  'a="' + "\\" * 15_000, "for=" + '"' * 15_000, "a=b; " * 3_000, "a" * 15_000], ids=lambda text: text[:12])
+def test_no_forwarding_header_keeps_the_reading_thread_busy(text):
+    """It is read before any gate: its cost must grow with its length and no faster."""
+    request = hookshot.Request("GET", "/", {}, {"forwarded": text}, b"", hookshot.parse_address("127.0.0.1"), "r")
+    before = time.process_time()
+    for _ in range(20):
+        hookshot.client_address(request, [hookshot.parse_network("127.0.0.1")])
+    assert time.process_time() - before < 2  # quadratic ones take 40 s
+
+
 @pytest.mark.parametrize("name", FORWARDED)
 def test_a_forwarded_address_is_the_first_from_the_right_that_is_no_proxy(name):
     peer, headers, trusted, address = FORWARDED[name]

@@ -3,6 +3,7 @@
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ import urllib.parse
 import pytest
 
 import hookshot
+import support
 
 CANARY = 'c4n/ry "+&ä\\-0f1e2d3c4b5a'
 
@@ -91,6 +93,52 @@ def test_lines_below_the_level_are_left_out(tmp_path, threshold, kept):
         for level in hookshot.LEVELS:
             log.write(level, "e", "m")
     assert [line["level"] for line in lines_of(tmp_path / "log")] == kept
+
+
+def test_a_terminal_that_nobody_reads_keeps_nobody_waiting():
+    """It says that it is ready while it has room for a few characters only."""
+    master, slave = pty.openpty()
+    log = hookshot.Log(descriptor=slave)
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(3000):
+            log.write("info", "flood", f"line {number} " + "x" * 150)
+        done.set()
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    try:
+        assert done.wait(support.PATIENCE_S)
+        os.set_blocking(master, False)
+        said = b""
+        while b"log_lost" not in said:
+            with contextlib.suppress(BlockingIOError):
+                said += os.read(master, 1 << 16)
+            log.write("info", "after", "somebody reads again")
+        lines = [json.loads(line) for line in said.replace(b"\r\n", b"\n").split(b"\n")[:-1] if line.endswith(b"}")]
+        assert {"flood", "log_lost"} <= {line["event"] for line in lines}
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+def test_a_line_that_was_cut_does_not_spoil_the_next():
+    """A pipe with little room: what fits of a long line goes, its rest is lost, and what follows begins on a line of its own."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 8192)
+    try:
+        log = hookshot.Log(descriptor=write)
+        log.write("info", "long", "x" * 20_000)
+        log.write("info", "none", "there is no room at all")
+        said = os.read(read, 1 << 16)
+        log.write("info", "good", "this one is whole")
+        cut, lost, good, end = (said + os.read(read, 1 << 16)).split(b"\n")
+        assert cut.startswith(b"{") and not cut.endswith(b"}") and end == b""
+        assert json.loads(lost)["message"].endswith(": 2") and json.loads(good)["event"] == "good"
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 @pytest.mark.parametrize("environment, style, is_coloured", [
