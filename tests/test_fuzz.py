@@ -172,15 +172,22 @@ def agree(whole: list[int], cut: list[int]) -> bool:
 
 def test_answers_do_not_depend_on_where_segments_end(unharmed):
     """What two readers could cut differently is how requests are smuggled."""
-    chance = random.Random(SEED)
+    chance, late = random.Random(SEED), 0
     for _ in range(300):
         content = conversation(chance)
         inside = [found.start() + 1 for found in re.finditer(b"\r\n", content)]
         anywhere = [chance.randint(0, len(content)) for _ in range(chance.randint(1, 20))]
         places = sorted({*anywhere, *chance.sample(inside, len(inside) // 2)})
         pieces = [content[start:end] for start, end in zip([0, *places], [*places, len(content)])]
-        whole, cut = ([status for status in statuses(exchange(unharmed, *parts)) if status != 100] for parts in ([content], pieces))
+        whole = [status for status in statuses(exchange(unharmed, content)) if status != 100]
+        try:
+            cut = [status for status in statuses(exchange(unharmed, *pieces)) if status != 100]
+        except (BrokenPipeError, ConnectionResetError):
+            # After the answer to a request that ends the connection the rest may come too late: then there is nothing to compare.
+            late += 1
+            continue
         assert agree(whole, cut), (whole, cut, content, pieces)
+    assert late < 150
 
 
 def test_mutated_heads_are_parsed_or_refused_and_nothing_else():
