@@ -5079,7 +5079,7 @@ def _urls(deployment: Deployment) -> dict[str, str]:
 def _answer_submission(app: App, request: Request, submission: Submission, wait_s: int | None) -> Response:
     deployment = submission.deployment
     applied = (("Preference-Applied", f"wait={wait_s}"), ("Vary", "Prefer")) if wait_s is not None and "prefer" in request.headers else ()
-    if wait_s is not None and not deployment.is_terminal:
+    if wait_s and not deployment.is_terminal:
         deployment = _wait_for_end(app, request, deployment, min(wait_s, MAX_WAIT_S))
     if deployment.is_terminal and (wait_s is not None or not submission.created):
         return _answer_end(deployment, is_repeat=not submission.created and wait_s is None, headers=applied)

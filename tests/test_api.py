@@ -338,6 +338,17 @@ def test_a_failed_rollback_asks_for_intervention(tmp_path):
         assert (answer.status, answer.json["status"], answer.json["requires_intervention"]) == (500, "RollbackFailed", True)
 
 
+def test_a_wait_of_nothing_is_an_answer_at_once(tmp_path):
+    """Also where the server would wait for the end: so a client learns the id, and whether the request was new."""
+    with running(tmp_path, service(), '[server]\ndeploy_response = "completed"\n') as host:
+        for number in range(20):
+            first = host.post({"service": "web", "image": "app:1", "deploy_id": f"d{number}"}, path="/deploy?wait=0")
+            assert first.status == 202 and first.json["position"] == 1
+            host.wait(f"d{number}")
+        again = host.post({"service": "web", "image": "app:1", "deploy_id": "d0"}, path="/deploy?wait=0")
+        assert (again.status, again.json["status"]) == (200, "Succeeded") and "position" not in again.json
+
+
 def test_waiting_ends_when_its_time_is_up_and_the_deployment_goes_on(tmp_path):
     with running(tmp_path, service(HOLD)) as host:
         answer = host.post({"service": "web", "image": "app:1"}, path="/deploy?wait=1")
