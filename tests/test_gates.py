@@ -13,6 +13,7 @@ import ipaddress
 import itertools
 import json
 import re
+import select
 import signal
 import socket
 import sqlite3
@@ -1246,6 +1247,13 @@ BUGS = {
 @contextlib.contextmanager
 def serving(folder):
     """Give the port of a server in this process, and the list of what it publishes."""
+    with serving_here(folder) as (server, events):
+        yield server.listeners[0].listen.port, events
+
+
+@contextlib.contextmanager
+def serving_here(folder):
+    """Give a server in this process, and the list of what it publishes."""
     host, events = Host(folder, service(MARK)), []
     problems: list[hookshot.Problem] = []
     settings = hookshot.read_settings(str(host.config), str(host.services), problems)
@@ -1260,7 +1268,7 @@ def serving(folder):
         thread = threading.Thread(target=server.serve, daemon=True)
         thread.start()
         try:
-            yield server.listeners[0].listen.port, events
+            yield server, events
         finally:
             server.close(support.PATIENCE_S)
             thread.join(support.PATIENCE_S)
@@ -1290,3 +1298,35 @@ def test_a_bug_in_a_handler_stays_in_its_request(tmp_path, monkeypatch, name):
         # A body that stayed unread would be taken for the next request here.
         assert ask(link, "GET", "/services", []).status == 200
         assert len([event for event in events if isinstance(event, hookshot.Broken)]) == 3
+
+
+def test_a_connection_stands_in_the_queue_of_turns_once_whatever_it_sends(tmp_path):
+    """A pipelining client that had many turns at once would crowd out the others."""
+    with serving_here(tmp_path) as (server, events), contextlib.ExitStack() as stack:
+        address, over = ("127.0.0.1", server.listeners[0].listen.port), threading.Event()
+        taken, longest = [0], 0
+
+        def talk(link: socket.socket) -> None:
+            link.setblocking(False)
+            while not over.is_set():
+                readable, writable, _ = select.select([link], [link], [], 0.1)
+                with contextlib.suppress(BlockingIOError):
+                    if writable:
+                        link.send(b"GET /ready HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
+                    if readable:
+                        taken[0] += len(link.recv(1 << 16))
+
+        links = [stack.enter_context(socket.create_connection(address)) for _ in range(4)]
+        threads = [threading.Thread(target=talk, args=(link,)) for link in links]
+        for thread in threads:
+            thread.start()
+        try:
+            deadline = time.monotonic() + support.PATIENCE_S
+            while taken[0] < 5_000_000 and time.monotonic() < deadline:
+                longest = max(longest, len(server._again))
+                over.wait(0.001)
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+        assert taken[0] >= 5_000_000 and longest <= len(links) and not events

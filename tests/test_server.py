@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -1181,40 +1180,6 @@ def test_a_large_body_is_not_kept_after_its_answer(tmp_path):
                 link.sendall(head + b"x" * size)
                 assert read_answer(link).startswith(b"HTTP/1.1 401 ")
         assert status_field(host, "VmHWM") - before < 60_000
-
-
-def test_pipelining_clients_do_not_crowd_out_others(tmp_path):
-    """A connection has one turn at a time, however many events come for it."""
-    with running(tmp_path, service()) as host, contextlib.ExitStack() as stack:
-        links = [stack.enter_context(connected(host, "127.0.0.2")) for _ in range(4)]
-        over, taken = threading.Event(), []
-
-        def talk(link: socket.socket) -> None:
-            poll = select.poll()
-            link.setblocking(False)
-            poll.register(link, select.POLLIN | select.POLLOUT)
-            while not over.is_set():
-                with contextlib.suppress(BlockingIOError):
-                    link.send(get() * 1000)
-                with contextlib.suppress(BlockingIOError):
-                    taken.append(len(link.recv(1 << 20)))
-                poll.poll(100)
-
-        threads = [threading.Thread(target=talk, args=(link,)) for link in links]
-        for thread in threads:
-            thread.start()
-        try:
-            with connected(host, "127.0.0.3") as other:
-                for _ in range(200):
-                    answered = sum(taken)
-                    other.sendall(get())
-                    assert read_answer(other).startswith(b"HTTP/1.1 200 ")
-                    # While it waits, the others get no more answers than their buffers and a few turns of theirs give.
-                    assert sum(taken) - answered < 8_000_000
-        finally:
-            over.set()
-            for thread in threads:
-                thread.join()
 
 
 def test_a_100_does_not_move_the_deadline(tmp_path):
