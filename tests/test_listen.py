@@ -165,6 +165,14 @@ def test_plain_http_beyond_this_host_is_worth_a_warning(tmp_path, address, rest,
     assert all("warning: server.listen: " in line and "[server.tls]" in line and "security.trusted_proxies" in line for line in said)
 
 
+@pytest.mark.parametrize("path, is_taken", [("/deploy", True), ("/ready", True), ("/status/x", True), ("/services", True), ("/healthz", False),
+                                            ("/health", False), ("/status", False)])
+def test_the_health_path_cannot_take_another_requests_path(tmp_path, path, is_taken):
+    """The health report at /deploy would switch deploys off without a word."""
+    done = client(Host(tmp_path, service(), f'[monitoring]\nhealth_path = "{path}"\n'), "validate")
+    assert (done.returncode, "monitoring.health_path: " in done.stderr) == ((78, True) if is_taken else (0, False)), done.stderr
+
+
 def test_two_free_ports_are_no_duplicates(tmp_path):
     with running(tmp_path, service(), listen("127.0.0.1:0", "127.0.0.1:0")) as host:
         assert len(set(host.urls)) == 2 and all(ask(url).status == 200 for url in host.urls)
