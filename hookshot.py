@@ -25,7 +25,8 @@ What flows, from the socket to the terminal state:
 Down the page is up the stack: a section uses only sections above it (ASSETS, the last, holds only text).
 
     1 ERRORS      2 VALUES     3 TEMPLATES    4 CONFIG    5 WIRE      6 LIFECYCLE   7 PLAN
-    9 EVENTS     11 WORLD     12 LOG         13 STORE    14 SECRETS  15 RUN        17 ENGINE
+    9 EVENTS     10 METRICS   11 WORLD       12 LOG      13 STORE    14 SECRETS    15 RUN
+   16 NOTIFY     17 ENGINE
    18 API        19 SERVER    21 DAEMON      22 CLIENT   23 CLI       A ASSETS
 """
 
@@ -39,6 +40,7 @@ if sys.version_info < (3, 11) or sys.platform == "win32":
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import errno
@@ -74,7 +76,7 @@ import tomllib
 import urllib.parse
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 try:
     import ssl
@@ -143,16 +145,20 @@ KIND_OF_CODE = {kind.code: name for name, kind in ERRORS.items()}
 
 
 class HookshotError(Exception):
-    """A row of ERRORS and its sentence; `details` is a further text for the caller, `headers` go with the answer."""
+    """A row of ERRORS and its sentence; `details` is a further text for the caller, `headers` go with the answer.
+
+    `reason` is a word for the metrics, which callers do not see.
+    """
 
     def __init__(self, name: str, sentence: str, *, details: str | None = None, retry_after_s: int | None = None,
-                 headers: tuple[tuple[str, str], ...] = ()):
+                 headers: tuple[tuple[str, str], ...] = (), reason: str | None = None):
         super().__init__(sentence)
         self.name = name
         self.kind = ERRORS[name]
         self.sentence = sentence
         self.details = details
         self.headers = headers
+        self.reason = reason
         self.retry_after_s = self.kind.retry_after_s if retry_after_s is None else retry_after_s
 
 
@@ -357,6 +363,19 @@ def render_peer(address: Peer) -> str:
 def is_loopback(address: Peer) -> bool:
     """Return whether this is an address at which a host speaks with itself."""
     return address is not None and not isinstance(address, str) and address.is_loopback
+
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_public(address: Peer) -> bool:
+    """Return whether this is an address of the internet: no private, local or reserved one, nor one that leads to such."""
+    if address is None or isinstance(address, str):
+        return False
+    if address.version == 6 and address in _NAT64:
+        return is_public(ipaddress.ip_address(int(address) & 0xFFFFFFFF))
+    embedded = address.sixtofour if address.version == 6 else None
+    return address.is_global and not address.is_multicast and (embedded is None or is_public(embedded))
 
 
 def bucket_of(address: Peer) -> int | str | None:
@@ -913,11 +932,20 @@ class Storage(NamedTuple):
     retention: Retention = Retention  # type: ignore[assignment]
 
 
+class Rotation(NamedTuple):
+    """[logging.rotation]"""
+
+    max_size: int = key("100MB", _size(64 << 10, 1 << 40), "size at which a new file is begun")
+    max_files: int = key(10, _integer(1, 1000), "files kept, the one that is written to among them")
+
+
 class Logging(NamedTuple):
     """[logging]"""
 
     level: str = key("info", _choice("debug", "info", "warning", "error"), "least severe line written")
     format: str = key("json", _choice("json", "pretty"), "one JSON object a line, or text for people")
+    directory: str = key("", _PATH_OR_NONE, "where the log is also kept, as hookshot.log; empty: on stderr only")
+    rotation: Rotation = Rotation  # type: ignore[assignment]
 
 
 class Limits(NamedTuple):
@@ -935,6 +963,8 @@ class Limits(NamedTuple):
 class Monitoring(NamedTuple):
     """[monitoring]"""
 
+    metrics_enabled: bool = key(True, _BOOLEAN, "whether there are metrics to be read")
+    metrics_path: str = key("/metrics", _URL_PATH, "path of the metrics")
     health_path: str = key("/health", _URL_PATH, "path of the health report")
     status_cache_seconds: int = key(10, _duration(0, _HOUR), "how long a health report is reused")
 
@@ -965,6 +995,106 @@ class Secrets(NamedTuple):
     command: tuple[str, ...] = key([], _list(_TEXT, 0, 100), "command that prints key=value lines, for age, sops, vault")
 
 
+_SECRET_REFERENCE = re.compile(r"secret:(" + SECRET_NAME.pattern + ")", re.ASCII)
+_CONFIDENTIAL = Check('text, or "secret:NAME"', lambda value, place: _text(kind="text", may_be_empty=True).parse(value, place))
+NOTICE_EVENTS = ("started", "succeeded", "failed", "rolled_back", "rollback_failed", "cancelled")
+_MAIL_ADDRESS = _text(re.compile(r"[!-;=?A-~]{1,64}@[A-Za-z0-9.-]{1,255}", re.ASCII), "mail address")
+
+
+def secret_named(text: str | None) -> str | None:
+    """Return the secret that a value names as "secret:NAME", or None for a value that is meant as it is."""
+    match = _SECRET_REFERENCE.fullmatch(text or "")
+    return match[1] if match else None
+
+
+class ChannelType(NamedTuple):
+    """What one type of channel is, the keys that it needs, and those that it may have."""
+
+    doc: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+CHANNEL_TYPES: dict[str, ChannelType] = {
+    "webhook": ChannelType("JSON of our own, signed as Standard Webhooks says; or another's, as `format` or the URL says", ("url",),
+                           ("format", "signing_key", "token", "allow_private")),
+    "slack": ChannelType("an incoming webhook of Slack, Mattermost or Rocket.Chat", ("url",), ("allow_private",)),
+    "discord": ChannelType("a webhook of Discord", ("url",), ("allow_private",)),
+    "teams": ChannelType("a workflow of Microsoft Teams that takes Adaptive Cards", ("url",), ("allow_private",)),
+    "telegram": ChannelType("a bot of Telegram; `url` only for a Bot API server of your own", ("token", "chat_id"), ("url", "allow_private")),
+    "ntfy": ChannelType("a topic of ntfy: `url` is https://ntfy.sh/TOPIC", ("url",), ("token", "allow_private")),
+    "gotify": ChannelType("an application of Gotify", ("url", "token"), ("allow_private",)),
+    "email": ChannelType("a mail server", ("server", "sender", "recipients"), ("security", "username", "password", "allow_private")),
+    "exec": ChannelType("a command: the notice is JSON on its standard input and HOOKSHOT_* in its environment", ("command",)),
+}
+# Keys whose values are secrets, or may name one.
+SECRET_KEYS = ("url", "token", "signing_key", "password")
+
+
+class Channel(NamedTuple):
+    """[[notifications.channel]]"""
+
+    name: str = key(REQUIRED, _text(SERVICE_NAME, "name (1 to 32 of A-Z a-z 0-9 - _)"), "unique name, in logs and metrics")
+    type: str = key(REQUIRED, _choice(*CHANNEL_TYPES), "what kind of receiver it is")
+    events: tuple[str, ...] = key(["succeeded", "failed", "rolled_back", "rollback_failed", "cancelled"], _list(_choice(*NOTICE_EVENTS), 1, 6),
+                                  f"what is told, of {', '.join(NOTICE_EVENTS)}")
+    services: tuple[str, ...] = key([], _list(_text(SERVICE_NAME, "service name"), 0, 1000), "services that are told of; empty: all")
+    only_changes: bool = key(False, _BOOLEAN, "tell when a service turns red or worse, and when it is green again; not each time")
+    timeout: int = key(15, _duration(1, 60), "for one attempt")
+    url: str = key("", _CONFIDENTIAL, "where to send")
+    format: str = key("auto", _choice("auto", "json", "slack", "discord", "teams"), "of type webhook; auto knows the URLs of Slack, Discord and Teams")
+    signing_key: str = key("", _CONFIDENTIAL, "key of the signature; empty: unsigned")
+    token: str = key("", _CONFIDENTIAL, "of a bot or an application; of type webhook and ntfy a bearer token")
+    chat_id: str = key("", _text(re.compile(r"-?[0-9]{1,20}|@[A-Za-z0-9_]{1,64}|", re.ASCII), "chat id", may_be_empty=True), "of type telegram")
+    server: str = key("", _text(re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}|", re.ASCII), "host:port", may_be_empty=True), "mail server, host:port")
+    security: str = key("starttls", _choice("starttls", "tls", "none"), "of type email: STARTTLS, TLS from the beginning, or none")
+    username: str = key("", _text(may_be_empty=True), "of the mail server")
+    password: str = key("", _CONFIDENTIAL, "of the mail server")
+    sender: str = key("", Check("mail address", lambda value, place: value and _MAIL_ADDRESS.parse(value, place)), "of type email: from whom")
+    recipients: tuple[str, ...] = key([], _list(_MAIL_ADDRESS, 0, 50), "of type email: to whom")
+    command: tuple[str, ...] = key([], _list(_TEXT, 0, 100), "of type exec: program and arguments")
+    allow_private: bool = key(False, _BOOLEAN, "whether a name may lead to a private address; an address in the URL always may")
+
+
+_COMMON_CHANNEL_KEYS = ("name", "type", "events", "services", "only_changes", "timeout")
+
+
+def _parse_channel(value: Any, place: Place) -> Channel:
+    if not isinstance(value, dict):
+        raise ValueError(f"{render_value(value)} is not a table; write [[notifications.channel]]")
+    channel = _load_table(Channel, value, place)
+    kind = CHANNEL_TYPES.get(channel.type)
+    if kind:
+        for name in kind.required:
+            if not getattr(channel, name) and (name not in value or getattr(channel, name) is not None):
+                (place / name).problem(f"is required by type {channel.type}")
+        for name in value.keys() & {*Channel._fields} - {*_COMMON_CHANNEL_KEYS, *kind.required, *kind.optional}:
+            (place / name).problem(f"has no effect in a channel of type {channel.type}; remove it")
+    return channel
+
+
+class NoticeWebhook(NamedTuple):
+    """[notifications.webhook]"""
+
+    on_failure: str = key("", _CONFIDENTIAL, "URL that is told of failures, rollbacks that failed among them")
+    on_rollback: str = key("", _CONFIDENTIAL, "URL that is told of rollbacks")
+    on_success: str = key("", _CONFIDENTIAL, "URL that is told of successes")
+    timeout: int = key(5, _duration(1, 60), "for one attempt")
+    use_secrets: bool = key(False, _BOOLEAN, "take the URLs from the secrets webhook_on_failure, webhook_on_rollback, webhook_on_success where they are there")
+    format: str = key("auto", _choice("auto", "json", "slack", "discord", "teams"), "auto knows the URLs of Slack, Discord and Teams")
+    signing_key: str = key("", _CONFIDENTIAL, "key of the signature of our own JSON; empty: unsigned")
+    allow_private: bool = key(False, _BOOLEAN, "whether a name may lead to a private address; an address in the URL always may")
+
+
+class Notifications(NamedTuple):
+    """[notifications]"""
+
+    enabled: bool = key(False, _BOOLEAN, "whether anything is sent")
+    retry_for: int = key("1d", _duration(60, 30 * 24 * _HOUR), "how long a notice is tried")
+    channel: tuple[Channel, ...] = key([], _list(Check("table", _parse_channel), 0, 100), "the channels, each a [[notifications.channel]] table")
+    webhook: NoticeWebhook = NoticeWebhook  # type: ignore[assignment]
+
+
 class Config(NamedTuple):
     """config.toml"""
 
@@ -975,6 +1105,7 @@ class Config(NamedTuple):
     limits: Limits = Limits  # type: ignore[assignment]
     monitoring: Monitoring = Monitoring  # type: ignore[assignment]
     secrets: Secrets = Secrets  # type: ignore[assignment]
+    notifications: Notifications = Notifications  # type: ignore[assignment]
 
 
 class CommandSpec(NamedTuple):
@@ -1271,7 +1402,17 @@ def load_config(text: str, file: str, problems: list[Problem]) -> Config:
     place = Place(file, "secrets", problems)
     if config.secrets.source and "command" in config.secrets.source and not config.secrets.command:
         (place / "command").problem("is required by source = \"command\"")
+    _check_notifications(config.notifications, Place(file, "notifications", problems))
     return config
+
+
+def _check_notifications(notifications: Notifications, place: Place) -> None:
+    names = [channel.name for channel in notifications.channel or () if channel]
+    for name in {name for name in names if name and names.count(name) > 1}:
+        (place / "channel").problem(f"two channels are named {name}")
+    has_any = bool(names) or any(notifications.webhook[:3]) or bool(notifications.webhook.use_secrets)
+    if bool(notifications.enabled) != has_any and not place.problems:
+        (place / "enabled").warning("is false, so nothing is sent" if has_any else "is true, but there is no channel")
 
 
 def load_services(text: str, file: str, config: Config, problems: list[Problem]) -> Services:
@@ -1299,6 +1440,10 @@ def load_services(text: str, file: str, config: Config, problems: list[Problem])
             (here / "name").problem("is used by another service too")
         if service.name:
             by_name[service.name] = _inherit(service, defaults, config.limits)
+    for channel in config.notifications.channel or ():
+        for name in (channel and channel.services) or ():
+            if name not in by_name:
+                (place / "service").warning(f"channel {channel.name} of notifications names {name}, but there is no such service")
     if not by_name and not problems:
         (place / "service").warning("there is no service yet; nothing can be deployed")
     return Services(by_name)
@@ -1384,14 +1529,28 @@ class Request(NamedTuple):
     verified: VerifiedBody | None = None
 
 
+class Feed(Protocol):
+    """What goes on after an answer's stream, as it happens: the reading thread takes from it, and closes it."""
+
+    def take(self, limit_bytes: int) -> bytes | None:
+        """Return what there is to send, b"" for nothing yet, None if the reader has fallen behind too far."""
+
+    def farewell(self) -> bytes:
+        """Tell of a reader that has fallen behind, and return what it is told itself."""
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+
+
 class Response(NamedTuple):
-    """One answer: a body, or a stream of chunks (an empty one: nothing new yet)."""
+    """One answer: a body, or a stream of chunks (an empty one: nothing new yet), which a feed may go on."""
 
     status: int
     body: bytes = b""
     content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
     stream: Iterator[bytes] | None = None
+    feed: Feed | None = None
 
 
 class DeployRequest(NamedTuple):
@@ -1476,17 +1635,17 @@ def verify(body: bytes, headers: Mapping[str, str], keys: Mapping[str, SigningKe
     is_webhook = WEBHOOK_HEADERS[0] in headers
     signers = (_signers_webhook if is_webhook else _signers_hub)(body, headers, keys)
     if not signers:
-        raise HookshotError("authentication", "the signature is missing or wrong")
+        raise HookshotError("authentication", "the signature is missing or wrong", reason="wrong")
     if not is_webhook:
         if security.require_timestamp:
             raise HookshotError("authentication", "this server takes only signatures with a timestamp: the webhook-id, webhook-timestamp "
-                                                  "and webhook-signature headers (security.require_timestamp)")
+                                                  "and webhook-signature headers (security.require_timestamp)", reason="no_timestamp")
         return VerifiedBody(signers[0], body)
     at_ms, window_ms = int(headers["webhook-timestamp"]) * 1000, security.replay_window * 1000
     if abs(now_ms - at_ms) > window_ms:
         raise HookshotError("authentication", f"the signature's timestamp is {render_duration(abs(now_ms - at_ms))} "
                                               f"{'ahead of' if at_ms > now_ms else 'behind'} this host's clock, more than "
-                                              f"security.replay_window ({security.replay_window} s); check both clocks")
+                                              f"security.replay_window ({security.replay_window} s); check both clocks", reason="stale")
     return VerifiedBody(signers[0], body, SignedMessage(headers["webhook-id"], at_ms + window_ms))
 
 
@@ -1773,7 +1932,9 @@ TRANSITIONS: dict[State, dict[Outcome, State]] = {
 }
 TERMINAL = frozenset(state for state in State if state not in TRANSITIONS)
 ACTIVE = frozenset(TRANSITIONS) - {State.QUEUED}
-# Exit statuses of a followed deployment.
+# The words for how a deployment ended, in counts and notices; and the exit statuses of one that is followed.
+COUNT_OF_STATE = {State.SUCCEEDED: "succeeded", State.FAILED: "failed", State.ROLLED_BACK: "rolled_back",
+                  State.ROLLBACK_FAILED: "rollback_failed", State.CANCELLED: "cancelled"}
 EXIT_OF_STATE = {State.SUCCEEDED: 0, State.FAILED: 10, State.ROLLED_BACK: 11, State.ROLLBACK_FAILED: 12, State.CANCELLED: 13}
 
 
@@ -1824,15 +1985,12 @@ class Deployment(NamedTuple):
     rollback_reason: str | None
     verdict: str | None  # the Outcome that its on_failure hooks are told of; after a crash it still holds
     recoveries: int
+    queue_ms: int | None
+    clock: str | None  # a clock reading of WORLD: of when it was queued, then of when it started
 
     @property
     def is_terminal(self) -> bool:
         return self.state in TERMINAL
-
-    @property
-    def queue_ms(self) -> int | None:
-        """How long it waited; a clock that jumped back gives 0, never less."""
-        return None if self.started_ms is None else max(0, self.started_ms - self.queued_ms)
 
 
 def new_deployment(request: DeployRequest, trigger: Trigger, deploy_id: str, at_ms: int) -> Deployment:
@@ -1843,7 +2001,7 @@ def new_deployment(request: DeployRequest, trigger: Trigger, deploy_id: str, at_
         idempotency_key=request.idempotency_key, queued_ms=at_ms, started_ms=None, completed_ms=None, duration_ms=None,
         deploy_ms=None, healthcheck_ms=None, rollback_ms=None, phase=None, step=0, steps_total=0, current_step=None, command_no=0,
         pid=None, pid_started=None, error=None, failure_stage=None, rollback_reason=None, verdict=None,
-        recoveries=0)
+        recoveries=0, queue_ms=None, clock=None)
 
 
 class Move(NamedTuple):
@@ -2195,6 +2353,7 @@ class Interruption(NamedTuple):
 
 # A deployment that takes the server down each time must not do so for ever.
 MAX_RECOVERIES = 3
+INTERRUPTED = "the server stopped while it ran"
 
 
 def judge_interruption(deployment: Deployment, recovery: str, *, can_roll_back: bool) -> Interruption | None:
@@ -2204,9 +2363,9 @@ def judge_interruption(deployment: Deployment, recovery: str, *, can_roll_back: 
             return Interruption(Outcome.FAILED_FOR_GOOD, "the server stopped during the rollback")
         return None
     if recovery == "retry" and deployment.recoveries < MAX_RECOVERIES:
-        return Interruption(Outcome.RETRIED, "the server stopped while it ran; it starts over")
+        return Interruption(Outcome.RETRIED, f"{INTERRUPTED}; it starts over")
     outcome = Outcome.FAILED if recovery != "fail" and can_roll_back else Outcome.FAILED_FOR_GOOD
-    return Interruption(outcome, "the server stopped while it ran")
+    return Interruption(outcome, INTERRUPTED)
 
 
 def render_plan(plan: Plan) -> dict[str, Any]:
@@ -2271,6 +2430,7 @@ class Refused(NamedTuple):
     path: str
     code: str
     sentence: str
+    reason: str | None = None
 
 
 class Broken(NamedTuple):
@@ -2279,23 +2439,346 @@ class Broken(NamedTuple):
     where: str
     error: BaseException
     request_id: str | None = None
+    deploy_id: str | None = None
 
 
-class Trouble(NamedTuple):
-    """Something that the operator should look at; the server goes on."""
+class Reloaded(NamedTuple):
+    """The files were read again: what is in them is in force, or not taken."""
 
+    is_taken: bool
+    message: str
+    at_ms: int
+
+
+class Notified(NamedTuple):
+    """One attempt to send a notice is over: "delivered", "retried", "refused" or "expired"."""
+
+    channel: str
+    outcome: str
+    deploy_id: str
+    message_id: str
     message: str
 
 
+class Trouble(NamedTuple):
+    """Something that the operator should look at; the server goes on. `event` is a row of LOG_EVENTS."""
+
+    event: str
+    message: str
+    deploy_id: str | None = None
+
+
 class Noted(NamedTuple):
-    """A stage of the server's own life."""
+    """A stage of the server's own life. `event` is a row of LOG_EVENTS."""
 
     event: str
     message: str
 
 
-Event = Accepted | Moved | CommandEnded | Refused | Broken | Trouble | Noted
+Event = Accepted | Moved | CommandEnded | Refused | Broken | Reloaded | Notified | Trouble | Noted
 Publish = Callable[[Event], None]
+
+
+# === 10. METRICS ======================================================================================================
+# What is counted: the table of metrics, which facts count for what, and the text that Prometheus reads. Owns the samples.
+#
+# 1. METRICS is the one table: HELP, TYPE, docs/monitoring.md and the checks of the examples come from it.
+# 2. Labels come from closed sets: configured names, route patterns, words of the tables here. Nothing that a caller wrote.
+# 3. tally_* say what a stored fact counts for. STORE keeps those counts with the fact, so they go on after a restart.
+# 4. What is true at this moment only (queues, sizes) is not kept here: whoever renders brings it.
+
+# Upper bounds, seconds.
+_DEPLOYMENT_BOUNDS = (1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+_COMMAND_BOUNDS = (0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_REQUEST_BOUNDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+# What stands for a method or a path that is in no table.
+OTHER = "other"
+# Why a request was refused for who sent it: HookshotError.reason.
+AUTH_REASONS = ("missing", "wrong", "stale", "no_timestamp", "other_service", "token", "address")
+# The words of label "reason" of rollback_total: the phase that failed, or that the server itself had stopped.
+_ROLLBACK_REASONS = ("deploy", "healthcheck", "post_deploy", "interrupted")
+# OpenMetrics 1.0: the names and values of an exemplar's labels have at most 128 characters together.
+_MAX_EXEMPLAR_CHARS = 128
+
+
+class Metric(NamedTuple):
+    """One row of METRICS: "counter", "gauge" or "histogram", the names of its labels, what it says, its upper bounds."""
+
+    kind: str
+    labels: tuple[str, ...]
+    doc: str
+    bounds: tuple[float, ...] = ()
+
+
+METRICS: dict[str, Metric] = {
+    # Named as in Hookshot 1.0.
+    "deployment_total": Metric("counter", ("service", "status"), "Deployments that ended, by how: succeeded, failed, rolled_back, rollback_failed, cancelled."),
+    "deployment_duration_seconds": Metric("histogram", ("service", "phase"), "How long ended deployments took: total, queue, deploy, healthcheck, rollback.", _DEPLOYMENT_BOUNDS),
+    "deployment_active": Metric("gauge", ("service",), "Deployments that run now."),
+    "deployment_queue_size": Metric("gauge", (), "Deployments that wait for their turn."),
+    "rollback_total": Metric("counter", ("service", "reason"), "Rollbacks begun, by the phase that failed: deploy, healthcheck, post_deploy; or interrupted."),
+    "command_execution_duration_seconds": Metric("histogram", ("service", "phase", "command"), "How long commands and probes took, by their names in services.toml.", _COMMAND_BOUNDS),
+    "healthcheck_failures_total": Metric("counter", ("service",), "Probes of health checks that failed."),
+    "http_requests_total": Metric("counter", ("method", "path", "status"), "Requests answered; path is the route's pattern."),
+    "http_request_duration_seconds": Metric("histogram", ("method", "path"), "From a request's first byte to its answer's head.", _REQUEST_BOUNDS),
+    # Our own.
+    "hookshot_build_info": Metric("gauge", ("version", "python", "sqlite"), "Always 1; the labels say what runs."),
+    "hookshot_start_time_seconds": Metric("gauge", (), "When the server started, unix time."),
+    "hookshot_ready": Metric("gauge", (), "1 while deploys are accepted, 0 while starting or draining."),
+    "hookshot_service_failing": Metric("gauge", ("service",), "1 while the last deployment that ran did not succeed."),
+    "hookshot_service_last_deployment_timestamp_seconds": Metric("gauge", ("service",), "When the last deployment ended, unix time."),
+    "hookshot_workers_alive": Metric("gauge", (), "Workers that live."),
+    "hookshot_workers_configured": Metric("gauge", (), "Workers that ought to live (server.worker_threads)."),
+    "hookshot_database_size_bytes": Metric("gauge", (), "What the database takes on disk, its write-ahead log included."),
+    "hookshot_disk_free_bytes": Metric("gauge", (), "What may still be written on the data directory's file system."),
+    "hookshot_connections": Metric("gauge", (), "Connections of clients that are open."),
+    "hookshot_event_streams": Metric("gauge", (), "Readers of GET /events."),
+    "hookshot_event_streams_dropped_total": Metric("counter", (), "Readers of GET /events that were too slow and were dropped."),
+    "hookshot_auth_failures_total": Metric("counter", ("reason",), "Requests refused for who sent them: missing, wrong or stale signature, no_timestamp, other_service, token, address."),
+    "hookshot_rate_limited_total": Metric("counter", (), "Requests refused by security.rate_limit."),
+    "hookshot_reloads_total": Metric("counter", ("outcome",), "Reloads of the configuration: succeeded, failed."),
+    "hookshot_config_last_reload_successful": Metric("gauge", (), "1 if the configuration in force is the one in the files, as far as the last reload says."),
+    "hookshot_config_last_reload_success_timestamp_seconds": Metric("gauge", (), "When the configuration in force was read, unix time."),
+    "hookshot_notifications_total": Metric("counter", ("channel", "outcome"), "Attempts to send a notice: delivered, retried, refused, expired."),
+    "hookshot_notifications_pending": Metric("gauge", ("channel",), "Notices in the outbox."),
+    "hookshot_log_lines_lost_total": Metric("counter", (), "Lines of the log that could not be written."),
+    "hookshot_internal_errors_total": Metric("counter", (), "Bugs that reached a boundary; the log has their traces."),
+    # Of every process, as client libraries name them; where there is /proc.
+    "process_cpu_seconds_total": Metric("counter", (), "Processor time used, user and system."),
+    "process_open_fds": Metric("gauge", (), "Descriptors that are open."),
+    "process_max_fds": Metric("gauge", (), "Descriptors that may be open."),
+    "process_resident_memory_bytes": Metric("gauge", (), "Memory in use."),
+    "process_virtual_memory_bytes": Metric("gauge", (), "Address space in use."),
+    "process_start_time_seconds": Metric("gauge", (), "When the process started, unix time."),
+    "process_threads": Metric("gauge", (), "Threads."),
+}
+
+# A metric's name, the values of its labels, and what to add to a counter, to observe in a histogram, or what a gauge says.
+Sample = tuple[str, tuple[str, ...], float]
+# What is kept of a sample's series: the number and the sum in one bucket (the index of its bound; 0 for a counter).
+Tally = tuple[str, tuple[str, ...], int, int, float]
+
+
+def tally_move(after: Deployment, reason: str) -> list[Sample]:
+    """Return what a deployment's move counts for."""
+    service = after.service
+    if after.state is State.ROLLING_BACK:
+        why = "interrupted" if reason == INTERRUPTED else after.failure_stage
+        return [("rollback_total", (service, why if why in _ROLLBACK_REASONS else OTHER), 1)]
+    if not after.is_terminal:
+        return []
+    durations = {"total": after.duration_ms, "queue": after.queue_ms, "deploy": after.deploy_ms, "healthcheck": after.healthcheck_ms,
+                 "rollback": after.rollback_ms}
+    return [("deployment_duration_seconds", (service, phase), spent_ms / 1000) for phase, spent_ms in durations.items() if spent_ms is not None]
+
+
+def tally_result(service: str, result: Result) -> list[Sample]:
+    """Return what one attempt of a command or probe counts for."""
+    samples: list[Sample] = []
+    if result.status != "not_started":
+        samples.append(("command_execution_duration_seconds", (service, result.phase, result.name), result.duration_ms / 1000))
+    if result.phase is Phase.HEALTHCHECK and not result.is_ok:
+        samples.append(("healthcheck_failures_total", (service,), 1))
+    return samples
+
+
+def bucket_index(name: str, value: float) -> int:
+    """Return the index of the bucket that a value falls into; behind the last bound lies +Inf."""
+    return bisect.bisect_left(METRICS[name].bounds, value)
+
+
+class _Series:
+    """The samples of one metric with one set of labels, and its text as long as that is true."""
+
+    __slots__ = ("total", "counts", "exemplars", "texts")
+
+    def __init__(self, buckets: int):
+        # Of a counter or gauge: its value. Of a histogram: the sum of what was observed.
+        self.total = 0.0
+        self.counts = [0] * buckets
+        # By bucket: deploy_id, value, unix time in seconds.
+        self.exemplars: dict[int, tuple[str, float, float]] = {}
+        self.texts: dict[bool, str] = {}
+
+
+class _Copy(NamedTuple):
+    """What a series said at one moment."""
+
+    total: float
+    counts: tuple[int, ...]
+    exemplars: Mapping[int, tuple[str, float, float]]
+
+
+class Metrics:
+    """The samples. Any thread; the lock is held for a few lines, and never while text is made."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._series: dict[tuple[str, tuple[str, ...]], _Series] = {}
+
+    def add(self, name: str, labels: tuple[str, ...], amount: float, exemplar: tuple[str, float] | None = None) -> None:
+        """Add to a counter, or observe in a histogram; `exemplar`: a deploy_id and when (unix seconds)."""
+        key, bounds = (name, labels), METRICS[name].bounds
+        with self._lock:
+            series = self._series.get(key)
+            if series is None:
+                series = self._series[key] = _Series(len(bounds) + 1 if bounds else 0)
+            series.total += amount
+            if bounds:
+                index = bisect.bisect_left(bounds, amount)
+                series.counts[index] += 1
+                if exemplar:
+                    series.exemplars[index] = (exemplar[0], amount, exemplar[1])
+            series.texts = {}
+
+    def put(self, name: str, labels: tuple[str, ...], value: float) -> None:
+        """Have a gauge say `value` from now on."""
+        with self._lock:
+            series = self._series.setdefault((name, labels), _Series(0))
+            series.total, series.texts = value, {}
+
+    def begin(self, name: str, labels: tuple[str, ...]) -> None:
+        """Have a counter or gauge say 0 if it says nothing yet: what is absent until it first counts has no increase."""
+        with self._lock:
+            self._series.setdefault((name, labels), _Series(0))
+
+    def expect(self, services: Iterable[str], channels: Iterable[str]) -> None:
+        """Begin every counter whose labels are known beforehand, so that its first count is an increase."""
+        outcomes = ("delivered", "retried", "refused", "expired")
+        for service in services:
+            for status in COUNT_OF_STATE.values():
+                self.begin("deployment_total", (service, status))
+            for reason in _ROLLBACK_REASONS:
+                self.begin("rollback_total", (service, reason))
+            self.begin("healthcheck_failures_total", (service,))
+            self.begin("hookshot_service_failing", (service,))
+        for channel, outcome in itertools.product(channels, outcomes):
+            self.begin("hookshot_notifications_total", (channel, outcome))
+        for name, words in (("hookshot_auth_failures_total", AUTH_REASONS), ("hookshot_reloads_total", ("succeeded", "failed"))):
+            for word in words:
+                self.begin(name, (word,))
+        for name in ("hookshot_rate_limited_total", "hookshot_internal_errors_total", "hookshot_event_streams_dropped_total"):
+            self.begin(name, ())
+
+    def restore(self, tallies: Iterable[Tally]) -> None:
+        """Go on from what was counted before the restart."""
+        for name, labels, bucket, number, total in tallies:
+            bounds = METRICS[name].bounds
+            with self._lock:
+                series = self._series.setdefault((name, labels), _Series(len(bounds) + 1 if bounds else 0))
+                series.total += total
+                if bounds:
+                    series.counts[min(bucket, len(bounds))] += number
+
+    def observe(self, event: Event) -> None:
+        """Count an event."""
+        if isinstance(event, Moved):
+            self._observe_move(event)
+        elif isinstance(event, CommandEnded):
+            for name, labels, amount in tally_result(event.deployment.service, event.result):
+                self.add(name, labels, amount)
+        elif isinstance(event, Refused):
+            if event.reason:
+                self.add("hookshot_auth_failures_total", (event.reason,), 1)
+            elif event.code == ERRORS["rate_limited"].code:
+                self.add("hookshot_rate_limited_total", (), 1)
+        elif isinstance(event, Notified):
+            self.add("hookshot_notifications_total", (event.channel, event.outcome), 1)
+        elif isinstance(event, Broken):
+            self.add("hookshot_internal_errors_total", (), 1)
+        elif isinstance(event, Reloaded):
+            self.add("hookshot_reloads_total", ("succeeded" if event.is_taken else "failed",), 1)
+            self.put("hookshot_config_last_reload_successful", (), int(event.is_taken))
+            if event.is_taken:
+                self.put("hookshot_config_last_reload_success_timestamp_seconds", (), event.at_ms / 1000)
+
+    def _observe_move(self, event: Moved) -> None:
+        deployment = event.deployment
+        at_s = (deployment.completed_ms or 0) / 1000
+        exemplar = (deployment.deploy_id, at_s) if len("deploy_id" + deployment.deploy_id) <= _MAX_EXEMPLAR_CHARS else None
+        for name, labels, amount in tally_move(deployment, event.reason):
+            self.add(name, labels, amount, exemplar if METRICS[name].bounds else None)
+        if deployment.is_terminal:
+            self.add("deployment_total", (deployment.service, COUNT_OF_STATE[deployment.state]), 1)
+            self.put("hookshot_service_last_deployment_timestamp_seconds", (deployment.service,), at_s)
+            if deployment.state is not State.CANCELLED:
+                self.put("hookshot_service_failing", (deployment.service,), int(deployment.state is not State.SUCCEEDED))
+
+    def render(self, extra: Iterable[Sample], *, is_openmetrics: bool) -> bytes:
+        """Return every sample, `extra` (what is true at this moment only) among them, as Prometheus text or as OpenMetrics 1.0."""
+        with self._lock:
+            found = [(key, series.texts.get(is_openmetrics) or _Copy(series.total, tuple(series.counts), dict(series.exemplars)))
+                     for key, series in self._series.items()]
+        families: dict[str, list[str]] = {name: [] for name in METRICS}
+        fresh = []
+        for key, text in found:
+            if isinstance(text, _Copy):
+                copy, text = text, _render_series(*key, *text, is_openmetrics=is_openmetrics)
+                fresh.append((key, copy, text))
+            families[key[0]].append(text)
+        self._keep(fresh, is_openmetrics)
+        for name, labels, value in extra:
+            families[name].append(_render_series(name, labels, value, (), {}, is_openmetrics=is_openmetrics))
+        parts = [_render_head(name, is_openmetrics) + "".join(texts) for name, texts in families.items() if texts]
+        return ("".join(parts) + "# EOF\n" * is_openmetrics).encode()
+
+    def _keep(self, fresh: Iterable[tuple[tuple[str, tuple[str, ...]], _Copy, str]], is_openmetrics: bool) -> None:
+        """Keep texts for the next time, unless something was counted meanwhile."""
+        with self._lock:
+            for key, copy, text in fresh:
+                series = self._series[key]
+                if (series.total, tuple(series.counts)) == copy[:2]:
+                    series.texts[is_openmetrics] = text
+
+
+def _render_head(name: str, is_openmetrics: bool) -> str:
+    metric = METRICS[name]
+    if not is_openmetrics:
+        return f"# HELP {name} {metric.doc}\n# TYPE {name} {metric.kind}\n"
+    # OpenMetrics 1.0: a counter's family has its name without _total, and a unit is the end of the family's name.
+    family = name.removesuffix("_total") if metric.kind == "counter" else name
+    unit = next((f"# UNIT {family} {unit}\n" for unit in ("seconds", "bytes") if family.endswith(f"_{unit}")), "")
+    return f"# TYPE {family} {metric.kind}\n{unit}# HELP {family} {metric.doc}\n"
+
+
+def _render_series(name: str, labels: tuple[str, ...], total: float, counts: Sequence[int], exemplars: Mapping[int, tuple[str, float, float]],
+                   *, is_openmetrics: bool) -> str:
+    metric = METRICS[name]
+    pairs = ",".join([f'{label}="{_escape_label(value)}"' for label, value in zip(metric.labels, labels, strict=True)])
+    if not metric.bounds:
+        return f"{name}{{{pairs}}} {_render_number(total)}\n" if pairs else f"{name} {_render_number(total)}\n"
+    head, running, lines = f"{name}_bucket{{{pairs},le=\"", 0, []
+    for index, bound in enumerate((*metric.bounds, "+Inf")):
+        running += counts[index]
+        exemplar = is_openmetrics and exemplars.get(index)
+        tail = f' # {{deploy_id="{exemplar[0]}"}} {_render_number(exemplar[1])} {exemplar[2]:.3f}' if exemplar else ""
+        lines.append(f'{head}{bound}"}} {running}{tail}\n')
+    return f"{''.join(lines)}{name}_sum{{{pairs}}} {_render_number(total)}\n{name}_count{{{pairs}}} {running}\n"
+
+
+def _render_number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(round(value, 6))
+
+
+def _escape_label(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+METRICS_TYPES = {False: "text/plain; version=0.0.4; charset=utf-8", True: "application/openmetrics-text; version=1.0.0; charset=utf-8"}
+
+
+def wants_openmetrics(accept: str) -> bool:
+    """Return whether an Accept header asks for OpenMetrics, and no less than for plain text (RFC 9110, 12.5.1)."""
+    weights: dict[str, float] = {}
+    for element in accept.lower().split(","):
+        media_type, *parameters = [part.strip().replace(" ", "") for part in element.split(";")]
+        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        is_known = "version=1.0.0" in parameters or not any(part.startswith("version=") for part in parameters) \
+            or media_type != "application/openmetrics-text"
+        if is_known and re.fullmatch(r"[01](\.\d{0,3})?", weight, re.ASCII):
+            weights[media_type] = max(weights.get(media_type, 0.0), float(weight))
+    asked = weights.get("application/openmetrics-text", 0.0)
+    return asked > 0 and asked >= weights.get("text/plain", 0.0)
 
 
 # === 11. WORLD ========================================================================================================
@@ -2314,6 +2797,11 @@ def now_ms() -> int:
 def new_deploy_id(at_ms: int) -> str:
     """Return an id that sorts by time and that people can read out: 20261123-131502-9f3c21ab."""
     return time.strftime("%Y%m%d-%H%M%S-", time.gmtime(at_ms // 1000)) + secrets.token_hex(4)
+
+
+def with_jitter(seconds: float) -> float:
+    """Return between half of it and all of it, by chance: those who failed together shall not come again together."""
+    return seconds * (1 + secrets.randbelow(1001) / 1000) / 2
 
 
 def new_key() -> str:
@@ -2340,6 +2828,13 @@ def make_private_folder(path: str) -> None:
     status = os.stat(path)
     if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o077:
         os.chmod(path, 0o700)
+
+
+def make_log_folder(path: str) -> None:
+    """Create a folder that its group may read, because logs are shipped by others; leave an existing one as it is."""
+    if not os.path.isdir(path):
+        os.makedirs(path, exist_ok=True)
+        os.chmod(path, 0o750)
 
 
 def write_private_file(path: str, text: str, *, mode: int = 0o600) -> None:
@@ -2439,6 +2934,34 @@ class ProcessStat(NamedTuple):
 _BIRTH_TOLERANCE_S = 2
 
 
+class OwnFigures(NamedTuple):
+    """What /proc says of this process: seconds, bytes, numbers."""
+
+    cpu_s: float
+    threads: int
+    virtual_bytes: int
+    resident_bytes: int
+    started_s: float
+    descriptors: int
+    max_descriptors: int
+
+
+def read_own_figures() -> OwnFigures | None:
+    """Return the figures of this process, or None where there is no /proc."""
+    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        with open("/proc/stat", "rb") as file:
+            booted_s = next(int(line.split()[1]) for line in file if line.startswith(b"btime "))
+        descriptors = len(os.listdir("/proc/self/fd"))
+    except (OSError, StopIteration):
+        return None
+    # proc_pid_stat(5), counted from the state: utime, stime, num_threads, starttime, vsize, rss.
+    return OwnFigures((int(fields[11]) + int(fields[12])) / ticks, int(fields[17]), int(fields[20]), int(fields[21]) * page,
+                      booted_s + int(fields[19]) / ticks, descriptors, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
 def birth_now() -> str | None:
     """Return what tells a process started just now from any other with its pid: boot and time since boot.
 
@@ -2453,6 +2976,19 @@ def was_born(process: ProcessStat, birth: str | None) -> bool:
     boot_id, _, ticks = (birth or "").partition("-")
     tolerance = _BIRTH_TOLERANCE_S * os.sysconf("SC_CLK_TCK")
     return bool(boot_id) and boot_id == _boot_id() and abs(process.started_ticks - int(ticks)) <= tolerance
+
+
+def clock_reading() -> str | None:
+    """Return what durations are measured with across restarts: the boot, and the milliseconds since (CLOCK_BOOTTIME)."""
+    boot_id = _boot_id()
+    return f"{boot_id}-{time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000}" if boot_id else None
+
+
+def elapsed_ms(since: str | None, until: str | None, *, wall_ms: int) -> int:
+    """Return the milliseconds from one clock reading to another; what the wall clock says where they are not of one boot."""
+    (boot, _, begun), (same_boot, _, ended) = (since or "").partition("-"), (until or "").partition("-")
+    # A wall clock that was put back gives 0, never less.
+    return int(ended) - int(begun) if boot and boot == same_boot else max(0, wall_ms)
 
 
 def read_process(pid: int) -> ProcessStat | None:
@@ -2519,11 +3055,12 @@ def end_groups(pgids: Iterable[int], *, kill_after_s: float = KILL_AFTER_S) -> N
 
 
 # === 12. LOG ==========================================================================================================
-# The server's own lines on stderr, JSON or for people, and the masking of secrets in everything that is kept.
+# The server's own lines on stderr and in files, JSON or for people, and the masking of secrets in everything that is kept.
 #
 # 1. Lines of threads never mix.
 # 2. A log that cannot be written, or that nobody reads any more, stops nothing.
 # 3. Control characters from outside are made visible before they reach a line.
+# 4. A file that is full gives way to a new one between two lines; what cannot be written is counted, and told later.
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _LEVEL_COLOURS = {"debug": "2", "info": "32", "warning": "33", "error": "31"}
@@ -2531,6 +3068,46 @@ _LEVEL_COLOURS = {"debug": "2", "info": "32", "warning": "33", "error": "31"}
 _MIN_MASKED_BYTES = 6
 _MASK = b"***"
 _LOG_PIECE_BYTES = 4096
+_LINE_ENCODER = json.JSONEncoder(default=str)
+# syslog(3).
+_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
+
+# One name for each kind of line.
+LOG_EVENTS: dict[str, str] = {
+    "started": "the server listens",
+    "draining": "it shuts down; running deployments may end",
+    "stopped": "it has ended",
+    "recovery": "deployments were interrupted and will be recovered",
+    "reloaded": "configuration, secrets and certificates were read again",
+    "reload_failed": "what was read again is wrong; the old configuration stays",
+    "restart_needed": "a change needs a restart to be in force",
+    "secrets_reloaded": "secrets have changed",
+    "secrets_failed": "secrets cannot be read; the old ones stay",
+    "config_warning": "something in the configuration is worth a look",
+    "deploy_accepted": "a deployment is on disk",
+    "deploy_repeated": "a known deployment was asked for again",
+    "deploy_moved": "a deployment has a new state",
+    "command_ended": "a command or probe has ended (debug, or warning if it failed)",
+    "record_waiting": "a deployment cannot be recorded yet: the disk is full or the database locked",
+    "queue_unreadable": "the queue of deployments cannot be read",
+    "request_refused": "a request was answered with an error",
+    "requests_refused": "how many more of one kind were refused in a minute",
+    "proxy_not_believed": "a neighbour sends forwarding headers, and is no trusted proxy",
+    "connections_exhausted": "no connection can be accepted",
+    "answer_broken": "an answer broke off while it was sent",
+    "stream_dropped": "a reader of GET /events was too slow",
+    "events_unreadable": "moves cannot be read for GET /events",
+    "notice_delivered": "a notice was delivered",
+    "notice_retried": "a notice could not be delivered and will be tried again",
+    "notice_refused": "a notice was refused for good",
+    "notice_expired": "a notice could not be delivered in time and is given up",
+    "notices_failed": "the outbox cannot be worked on",
+    "notices_dropped": "notices for a channel that is gone, or too many for one that takes none",
+    "housekeeping_failed": "keeping house failed and will be tried again",
+    "log_lost": "how many lines could not be written before this one",
+    "log_file_failed": "the file in logging.directory cannot be written",
+    "bug": "a mistake of hookshot; `trace` says where",
+}
 
 
 class Masker:
@@ -2573,43 +3150,56 @@ class Masker:
         return safe
 
 
-class Log:
-    """Writes lines to one descriptor. Any thread."""
+class LogFiles(NamedTuple):
+    """Where the log is kept besides stderr: hookshot.log in a directory, and the ones before it as hookshot.log.1, .2, ..."""
 
-    def __init__(self, level: str = "info", style: str = "json", descriptor: int = 2):
+    directory: str
+    max_size: int
+    max_files: int
+
+
+class _Style(NamedTuple):
+    """How lines look. The journal adds its own time, and takes a priority from their beginning (sd-daemon(3))."""
+
+    is_json: bool
+    is_on_journal: bool = False
+    is_on_terminal: bool = False
+    is_coloured: bool = False
+
+    def render(self, level: str, event: str, message: str, fields: Mapping[str, object], at_ms: int) -> bytes:
+        """Return a line; it holds no line break but the one at its end."""
+        moment = render_time(at_ms) or ""
+        if self.is_json:
+            time_field = {} if self.is_on_journal else {"timestamp": moment}
+            line = _LINE_ENCODER.encode({**time_field, "level": level, "event": event, "message": message, **fields})
+        else:
+            # A terminal shows what happens now; a file may be read years later.
+            moment = "" if self.is_on_journal else f"{moment[11:] if self.is_on_terminal else moment} "
+            label = f"\x1b[{_LEVEL_COLOURS[level]}m{level.upper():7}\x1b[0m" if self.is_coloured else f"{level.upper():7}"
+            extra = "".join(f" {name}={escape_controls(str(value))}" for name, value in fields.items())
+            line = f"{moment}{label} {escape_controls(message)}{extra}"
+        return f"{f'<{_PRIORITIES[level]}>' if self.is_on_journal else ''}{line}\n".encode("utf-8", "replace")
+
+
+class _Stream:
+    """Lines to a descriptor that others may share and nobody may read."""
+
+    def __init__(self, descriptor: int):
         self._descriptor = descriptor
         self._out = _own_description(descriptor)
         self._poll = select.poll()
         self._poll.register(self._out, select.POLLOUT)
-        self._lock = threading.Lock()
-        # Lines that could not be written; whether the last one ended in the middle.
-        self._lost, self._is_cut = 0, False
-        self.set_up(level, style, Masker())
+        # Whether the last line ended in the middle.
+        self._is_cut = False
+        self.lost, self.problem = 0, ""
+        self.style = _Style(True)
 
-    def set_up(self, level: str, style: str, masker: Masker) -> None:
-        """Write lines from now on from this level on, in this style, masked so."""
-        self.masker = masker
-        self._threshold = LEVELS[level]
-        self._render = _render_pretty if style == "pretty" else _render_json_line
-        self._is_coloured = style == "pretty" and wants_colour(self._descriptor)
+    def set_up(self, *, is_json: bool) -> None:
+        """Write in this style from now on."""
+        is_on_journal = _is_journal(self._descriptor)
+        self.style = _Style(is_json, is_on_journal, os.isatty(self._descriptor), not is_json and wants_colour(self._descriptor))
 
-    def shows(self, level: str) -> bool:
-        """Return whether a line of this level is written."""
-        return LEVELS[level] >= self._threshold
-
-    def write(self, level: str, event: str, message: str, **fields: object) -> None:
-        """Write one line; fields that are None are left out."""
-        if not self.shows(level):
-            return
-        known = {name: value for name, value in fields.items() if value is not None}
-        line = self.masker.mask(self._render(level, event, message, known, now_ms(), self._is_coloured).encode("utf-8", "replace"))
-        with self._lock:
-            if self._lost:
-                told = self._render("warning", "log_lost", f"lines of the log that could not be written: {self._lost}", {}, now_ms(), self._is_coloured)
-                self._lost = 0 if self._put(told.encode()) else self._lost
-            self._lost += not self._put(line)
-
-    def _put(self, line: bytes) -> bool:
+    def put(self, line: bytes) -> bool:
         """Write a line if that needs no waiting: whoever ought to read it may have stopped, and requests must not stop with him."""
         content = b"\n" * self._is_cut + line
         rest = content
@@ -2620,6 +3210,129 @@ class Log:
         if rest != content:
             self._is_cut = bool(rest) and len(rest) < len(line)
         return not rest
+
+
+class _File:
+    """Lines to a file of our own that gives way to a new one when it is full."""
+
+    def __init__(self, files: LogFiles, *, is_json: bool):
+        self.files, self.style = files, _Style(is_json)
+        self.lost, self.problem = 0, ""
+        self._path = os.path.join(files.directory, "hookshot.log")
+        self._descriptor = -1
+
+    def put(self, line: bytes) -> bool:
+        """Append a whole line or nothing; `problem` says why nothing."""
+        try:
+            size = self._open()
+            if size and size + len(line) > self.files.max_size:
+                self._rotate()
+                size = self._open()
+            written = os.write(self._descriptor, line)
+            if written < len(line):
+                # A disk that is nearly full takes a part: a half line would be read as something else.
+                os.ftruncate(self._descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.problem = f"{self._path} cannot be written: {error.strerror}"
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self) -> int:
+        """Return the size of the open file; it is opened anew if another program has renamed or removed it."""
+        try:
+            named = os.stat(self._path)
+        except FileNotFoundError:
+            named = None
+        if self._descriptor >= 0:
+            opened = os.fstat(self._descriptor)
+            if named and (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino):
+                return opened.st_size
+            self.close()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        self._descriptor = os.open(self._path, flags, 0o640)
+        if not named:
+            # Whatever the umask: the group may be one that ships logs.
+            os.fchmod(self._descriptor, 0o640)
+        return os.fstat(self._descriptor).st_size
+
+    def _rotate(self) -> None:
+        """Move every file on by one, the oldest out."""
+        self.close()
+        oldest = self.files.max_files - 1
+        for number in range(oldest, 0, -1):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(f"{self._path}.{number - 1}" if number > 1 else self._path, f"{self._path}.{number}")
+        if not oldest:
+            os.unlink(self._path)
+
+
+class Log:
+    """Writes lines to one descriptor, and to files if there is a directory for them. Any thread."""
+
+    def __init__(self, level: str = "info", style: str = "json", descriptor: int = 2):
+        self._stream = _Stream(descriptor)
+        self._file: _File | None = None
+        self._lock = threading.Lock()
+        self.lines_lost = 0
+        self.set_up(level, style, Masker())
+
+    def set_up(self, level: str, style: str, masker: Masker, files: LogFiles | None = None) -> None:
+        """Write lines from now on from this level on, in this style, masked so, and to these files."""
+        self.masker = masker
+        self._threshold = LEVELS[level]
+        with self._lock:
+            self._stream.set_up(is_json=style == "json")
+            if self._file and self._file.files != files:
+                self._file.close()
+                self._file = None
+            if files and not self._file:
+                self._file = _File(files, is_json=style == "json")
+            elif self._file:
+                self._file.style = _Style(style == "json")
+
+    def shows(self, level: str) -> bool:
+        """Return whether a line of this level is written."""
+        return LEVELS[level] >= self._threshold
+
+    def write(self, level: str, event: str, message: str, **fields: object) -> None:
+        """Write one line; `event` is a row of LOG_EVENTS. Fields that are None are left out."""
+        if not self.shows(level):
+            return
+        known = {name: value for name, value in fields.items() if value is not None}
+        at_ms, file = now_ms(), self._file
+        line = self.masker.mask(self._stream.style.render(level, event, message, known, at_ms))
+        copy = file and (line if file.style == self._stream.style else self.masker.mask(file.style.render(level, event, message, known, at_ms)))
+        with self._lock:
+            self._put(self._stream, line, at_ms)
+            # Another file may be in force by now.
+            if copy and self._file is file and file:
+                was_well = not file.lost
+                self._put(file, copy, at_ms)
+                if was_well and file.lost:
+                    self._put(self._stream, self._stream.style.render("error", "log_file_failed", file.problem, {}, at_ms), at_ms)
+
+    def _put(self, sink: _Stream | _File, line: bytes, at_ms: int) -> None:
+        if sink.lost:
+            told = sink.style.render("warning", "log_lost", f"lines of the log that could not be written: {sink.lost}", {}, at_ms)
+            sink.lost = 0 if sink.put(told) else sink.lost
+        if not sink.put(line):
+            sink.lost += 1
+            self.lines_lost += 1
+
+
+def _is_journal(descriptor: int) -> bool:
+    """Return whether a descriptor leads to the journal: JOURNAL_STREAM has its device and inode (systemd.exec(5))."""
+    with contextlib.suppress(OSError):
+        status = os.fstat(descriptor)
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
 
 
 def _own_description(descriptor: int) -> int:
@@ -2636,21 +3349,6 @@ def _own_description(descriptor: int) -> int:
 def wants_colour(descriptor: int) -> bool:
     """Return whether a descriptor is a terminal whose user has not said NO_COLOR (no-color.org)."""
     return os.isatty(descriptor) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-_LINE_ENCODER = json.JSONEncoder(default=str)
-
-
-def _render_json_line(level: str, event: str, message: str, fields: Mapping[str, object], at_ms: int, coloured: bool) -> str:
-    line = {"timestamp": render_time(at_ms), "level": level, "event": event, "message": message, **fields}
-    return _LINE_ENCODER.encode(line) + "\n"
-
-
-def _render_pretty(level: str, event: str, message: str, fields: Mapping[str, object], at_ms: int, coloured: bool) -> str:
-    moment = (render_time(at_ms) or "")[11:23]
-    label = f"\x1b[{_LEVEL_COLOURS[level]}m{level.upper():7}\x1b[0m" if coloured else f"{level.upper():7}"
-    extra = "".join(f" {name}={escape_controls(str(value))}" for name, value in fields.items())
-    return f"{moment} {label} {escape_controls(message)}{extra}\n"
 
 
 class RefusalThrottle:
@@ -2735,12 +3433,26 @@ def _log_broken(log: Log, event: Broken) -> None:
         trace = "".join(traceback.format_exception(event.error))
     except OSError as error:  # no descriptor is free to read the module with
         trace = f"{event.error!r} (its trace cannot be made: {error.strerror})"
-    log.write("error", "bug", f"{event.where}: {type(event.error).__name__}; please report it", request_id=event.request_id, trace=trace)
+    log.write("error", "bug", f"{event.where}: {type(event.error).__name__}; please report it", request_id=event.request_id,
+              deploy_id=event.deploy_id, trace=trace)
+
+
+def _log_reloaded(log: Log, event: Reloaded) -> None:
+    log.write(*(("info", "reloaded") if event.is_taken else ("error", "reload_failed")), event.message)
+
+
+_LEVEL_OF_OUTCOME = {"delivered": "debug", "retried": "warning", "refused": "error", "expired": "error"}
+
+
+def _log_notified(log: Log, event: Notified) -> None:
+    log.write(_LEVEL_OF_OUTCOME[event.outcome], f"notice_{event.outcome}", event.message, channel=event.channel, deploy_id=event.deploy_id,
+              message_id=event.message_id)
 
 
 _LINES: dict[type, Callable[[Log, Any], None]] = {
     Accepted: _log_accepted, Moved: _log_moved, CommandEnded: _log_command_ended, Refused: _log_refused, Broken: _log_broken,
-    Trouble: lambda log, event: log.write("error", "trouble", event.message),
+    Reloaded: _log_reloaded, Notified: _log_notified,
+    Trouble: lambda log, event: log.write("error", event.event, event.message, deploy_id=event.deploy_id),
     Noted: lambda log, event: log.write("info", event.event, event.message),
 }
 
@@ -2802,16 +3514,39 @@ MIGRATIONS: tuple[str, ...] = (
     DROP INDEX deployments_by_key;
     CREATE UNIQUE INDEX deployments_by_key ON deployments (service, idempotency_key) WHERE idempotency_key IS NOT NULL;
     """,
+    # Moves get numbers of their own, in the order of their commits and never used twice: streams and notices go on from one.
+    # `tallies` keeps what the metrics counted, `outbox` what is to be sent, `marks` how far the outbox has come.
+    """
+    ALTER TABLE deployments ADD COLUMN queue_ms INTEGER;
+    ALTER TABLE deployments ADD COLUMN clock TEXT;
+    UPDATE deployments SET queue_ms=max(0, started_ms - queued_ms) WHERE started_ms IS NOT NULL;
+    CREATE TABLE numbered (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, seq INTEGER NOT NULL REFERENCES deployments ON DELETE CASCADE, previous TEXT,
+        state TEXT NOT NULL, at_ms INTEGER NOT NULL, reason TEXT NOT NULL);
+    INSERT INTO numbered (seq, previous, state, at_ms, reason)
+        SELECT seq, (SELECT state FROM moves AS earlier WHERE earlier.seq=moves.seq AND earlier.n=moves.n - 1), state, at_ms, reason
+        FROM moves ORDER BY at_ms, seq, n;
+    DROP TABLE moves;
+    ALTER TABLE numbered RENAME TO moves;
+    CREATE INDEX moves_by_deployment ON moves (seq);
+    CREATE TABLE tallies (
+        metric TEXT NOT NULL, labels TEXT NOT NULL, bucket INTEGER NOT NULL, number INTEGER NOT NULL, total REAL NOT NULL,
+        PRIMARY KEY (metric, labels, bucket)) WITHOUT ROWID;
+    CREATE TABLE marks (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    INSERT INTO marks VALUES ('database_id', lower(hex(randomblob(8))));
+    CREATE TABLE outbox (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, channel TEXT NOT NULL, seq INTEGER NOT NULL, message_id TEXT NOT NULL, notice TEXT NOT NULL,
+        created_ms INTEGER NOT NULL, clock TEXT, attempts INTEGER NOT NULL DEFAULT 0);
+    CREATE INDEX outbox_by_deployment ON outbox (channel, seq, id);
+    """,
 )
 
-_COLUMNS = (
-    "seq, deploy_id, service, state, image, previous_image, metadata, env, trigger, digest, idempotency_key, queued_ms, started_ms, "
-    "completed_ms, duration_ms, deploy_ms, healthcheck_ms, rollback_ms, phase, step, steps_total, current_step, command_no, pid, "
-    "pid_started, error, failure_stage, rollback_reason, verdict, recoveries")
+_COLUMNS = ", ".join(Deployment._fields)
+_MOVE_COLUMNS = "m.id, m.previous, m.state, m.at_ms, m.reason, " + ", ".join(f"d.{name}" for name in Deployment._fields)
 _UPDATE = (
     "UPDATE deployments SET state=?, previous_image=?, started_ms=?, completed_ms=?, duration_ms=?, deploy_ms=?, healthcheck_ms=?, "
     "rollback_ms=?, phase=?, step=?, steps_total=?, current_step=?, command_no=?, pid=?, pid_started=?, error=?, failure_stage=?, "
-    "rollback_reason=?, verdict=?, recoveries=? WHERE seq=? AND state=?")
+    "rollback_reason=?, verdict=?, recoveries=?, queue_ms=?, clock=? WHERE seq=? AND state=?")
 _CLAIM = (
     f"SELECT {_COLUMNS}, (SELECT current_image FROM services WHERE name=q.service) FROM deployments AS q "
     "WHERE completed_ms IS NULL AND state='Queued' "
@@ -2819,8 +3554,6 @@ _CLAIM = (
     f"AND (SELECT count(*) FROM deployments AS a WHERE a.completed_ms IS NULL AND a.state IN ({_ACTIVE_SQL}) AND a.service=q.service) < ? "
     "ORDER BY seq LIMIT 1")
 # How each ending changes what is known of a service. "Cancelled" ran nothing, so it changes neither health nor image.
-_COUNT_OF_STATE = {State.SUCCEEDED: "succeeded", State.FAILED: "failed", State.ROLLED_BACK: "rolled_back",
-                   State.ROLLBACK_FAILED: "rollback_failed", State.CANCELLED: "cancelled"}
 _HEALTH_OF_STATE = {State.SUCCEEDED: "Healthy", State.FAILED: "Unhealthy", State.ROLLED_BACK: "Degraded",
                     State.ROLLBACK_FAILED: "Unhealthy"}
 _SENTENCE_OF_SQLITE_ERROR = {
@@ -2839,6 +3572,10 @@ _SENTENCE_OF_SQLITE_ERROR = {
 DISK_RESERVE_BYTES = 8 << 20
 _BUSY_TIMEOUT_S = 5.0
 _IDLE_READERS = 4
+# Waiting deployments that are looked at in one turn, the oldest first.
+_EXPIRY_BATCH = 1000
+# Notices that one channel may have waiting: a receiver that is gone for good must not fill the disk.
+_MAX_OUTBOX = 10_000
 # Senders of Standard Webhooks try again for days, with the same id and a new timestamp. Beyond that number the oldest
 # are forgotten sooner, but not before their timestamps, at most a day ahead (security.replay_window), cannot pass any more.
 _MESSAGES_KEPT_MS = 7 * 86_400_000
@@ -2850,6 +3587,30 @@ _CHECKPOINT_BYTES = 1 << 20
 
 # A result and its number among the commands of its deployment.
 NumberedResult = tuple[int, Result]
+
+
+class Transition(NamedTuple):
+    """A move as it is on disk: its number, from which state to which, when and why; and the deployment as it is now."""
+
+    id: int
+    before: State | None
+    state: State
+    at_ms: int
+    reason: str
+    deployment: Deployment
+
+
+class Outgoing(NamedTuple):
+    """A notice in the outbox, or on its way there (id 0). `notice` is its facts as JSON, `message_id` the same at each attempt."""
+
+    id: int
+    channel: str
+    seq: int
+    message_id: str
+    notice: str
+    created_ms: int
+    clock: str | None
+    attempts: int = 0
 
 
 class Submission(NamedTuple):
@@ -2918,8 +3679,9 @@ class _Ticket:
 class Store:
     """The database of one data directory. Any thread; at most one Store per directory (see FolderLock)."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, *, clock: Callable[[], str | None] = clock_reading):
         """Open or create the database and bring it to this version's schema; raise `storage` with what to do."""
+        self._clock = clock
         self.path = os.path.join(folder, "state.db")
         self.logs = os.path.join(folder, "logs")
         self._folder = folder
@@ -3082,16 +3844,16 @@ class Store:
             raise HookshotError("busy", f"service {request.service} is busy and does not queue (on_busy = \"reject\")")
         if queued >= limits.max_queue_per_service:
             raise HookshotError("busy", f"{queued} deployments of service {request.service} wait already")
-        deployment = new_deployment(request, trigger, request.deploy_id or new_deploy_id(at_ms), at_ms)
+        deployment = new_deployment(request, trigger, request.deploy_id or new_deploy_id(at_ms), at_ms)._replace(clock=self._clock())
         cursor = db.execute(
             "INSERT INTO deployments (deploy_id, service, state, image, previous_image, metadata, env, trigger, digest, "
-            "idempotency_key, queued_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "idempotency_key, queued_ms, clock) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (deployment.deploy_id, deployment.service, deployment.state, deployment.image, deployment.previous_image,
              json.dumps(deployment.metadata), json.dumps(deployment.env), json.dumps(trigger), deployment.digest,
-             deployment.idempotency_key, at_ms))
+             deployment.idempotency_key, at_ms, deployment.clock))
         deployment = deployment._replace(seq=cursor.lastrowid or 0)
         self._remember_message(db, request, deployment.deploy_id, at_ms)
-        self._add_move(db, deployment, at_ms, "accepted")
+        self._add_move(db, None, deployment, at_ms, "accepted")
         # While the service is busy nobody need be woken: writes are serial, so whoever frees the place will find this row.
         can_start = sum(counts.values()) < limits.max_concurrent_per_service
         claimed = self._claim(db, at_ms, limits) if can_start and may_claim else None
@@ -3147,10 +3909,12 @@ class Store:
         row = db.execute(_CLAIM, (limits.max_concurrent_total, limits.max_concurrent_per_service)).fetchone()
         if not row:
             return None
-        queued, last_good = _deployment_of(row[:-1]), row[-1]
+        queued, last_good, clock = _deployment_of(row[:-1]), row[-1], self._clock()
         previous = choose_previous_image(queued.image, queued.previous_image, last_good)
-        return self._move(db, queued, Outcome.CLAIMED, "its turn has come", at_ms, previous_image=previous,
-                          started_ms=queued.started_ms or at_ms)
+        # One that starts over keeps what it had at its first start.
+        begun = {} if queued.started_ms else {
+            "started_ms": at_ms, "clock": clock, "queue_ms": elapsed_ms(queued.clock, clock, wall_ms=at_ms - queued.queued_ms)}
+        return self._move(db, queued, Outcome.CLAIMED, "its turn has come", at_ms, previous_image=previous, **begun)
 
     def move(self, deployment: Deployment, outcome: Outcome, reason: str, at_ms: int, results: Sequence[NumberedResult] = (),
              moved: tuple[State, Move] | None = None, *, then_claim: Limits | None = None,
@@ -3173,9 +3937,10 @@ class Store:
         if after.is_terminal:
             after = after._replace(completed_ms=at_ms, phase=None, current_step=None, pid=None, pid_started=None)
         self._update(db, before, after)
-        self._add_move(db, after, at_ms, reason)
+        self._add_move(db, before.state, after, at_ms, reason)
         if after.is_terminal:
             self._count(db, after)
+        self._tally(db, tally_move(after, reason))
         return after
 
     @staticmethod
@@ -3184,18 +3949,24 @@ class Store:
             after.state, after.previous_image, after.started_ms, after.completed_ms, after.duration_ms, after.deploy_ms,
             after.healthcheck_ms, after.rollback_ms, after.phase, after.step, after.steps_total, after.current_step,
             after.command_no, after.pid, after.pid_started, after.error, after.failure_stage, after.rollback_reason,
-            after.verdict, after.recoveries, after.seq, before.state))
+            after.verdict, after.recoveries, after.queue_ms, after.clock, after.seq, before.state))
         if cursor.rowcount != 1:
             raise RuntimeError(f"deployment {before.deploy_id} is no longer {before.state}")
 
     @staticmethod
-    def _add_move(db: sqlite3.Connection, deployment: Deployment, at_ms: int, reason: str) -> None:
-        db.execute("INSERT INTO moves (seq, n, state, at_ms, reason) SELECT ?, count(*), ?, ?, ? FROM moves WHERE seq=?",
-                   (deployment.seq, deployment.state, at_ms, reason, deployment.seq))
+    def _add_move(db: sqlite3.Connection, before: State | None, deployment: Deployment, at_ms: int, reason: str) -> None:
+        db.execute("INSERT INTO moves (seq, previous, state, at_ms, reason) VALUES (?, ?, ?, ?, ?)",
+                   (deployment.seq, before, deployment.state, at_ms, reason))
+
+    @staticmethod
+    def _tally(db: sqlite3.Connection, samples: Iterable[Sample]) -> None:
+        db.executemany("INSERT INTO tallies (metric, labels, bucket, number, total) VALUES (?, ?, ?, 1, ?) ON CONFLICT (metric, labels, bucket) "
+                       "DO UPDATE SET number=number+1, total=total+excluded.total",
+                       [(name, json.dumps(labels), bucket_index(name, amount), amount) for name, labels, amount in samples])
 
     @staticmethod
     def _count(db: sqlite3.Connection, ended: Deployment) -> None:
-        column = _COUNT_OF_STATE[ended.state]
+        column = COUNT_OF_STATE[ended.state]
         image = {State.SUCCEEDED: ended.image, State.ROLLED_BACK: ended.previous_image}.get(ended.state)
         failed_ms = ended.completed_ms if ended.state in (State.FAILED, State.ROLLED_BACK, State.ROLLBACK_FAILED) else None
         health = _HEALTH_OF_STATE.get(ended.state)
@@ -3224,29 +3995,31 @@ class Store:
 
     def _catch_up(self, db: sqlite3.Connection, deployment: Deployment, moved: tuple[State, Move]) -> None:
         self._update(db, deployment._replace(state=moved[0]), deployment)
-        self._add_move(db, deployment, moved[1].at_ms, moved[1].reason)
+        self._add_move(db, moved[0], deployment, moved[1].at_ms, moved[1].reason)
 
-    @staticmethod
-    def _add_results(db: sqlite3.Connection, deployment: Deployment, results: Sequence[NumberedResult]) -> None:
+    def _add_results(self, db: sqlite3.Connection, deployment: Deployment, results: Sequence[NumberedResult]) -> None:
         db.executemany("INSERT INTO commands (seq, n, phase, step, name, command, attempt, status, exit_code, signal, started_ms, "
                        "duration_ms, stdout, stderr, note, critical) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                        [(deployment.seq, number, *result) for number, result in results])
+        for _, result in results:
+            self._tally(db, tally_result(deployment.service, result))
 
     def expire(self, at_ms: int, *, lock_timeout_s: int) -> tuple[Deployment, ...]:
         """Cancel what has waited in the queue for longer than lock_timeout; return it."""
-        oldest_ms = at_ms - lock_timeout_s * 1000
+        clock, limit_ms = self._clock(), lock_timeout_s * 1000
         with self._reader() as db:
-            if not db.execute("SELECT 1 FROM deployments WHERE completed_ms IS NULL AND state='Queued' AND queued_ms < ? LIMIT 1",
-                              (oldest_ms,)).fetchone():
-                return ()
+            # One that starts over waits from then on, not from when it was first queued; its clock reading is of its first start.
+            rows = db.execute("SELECT seq, CASE WHEN started_ms IS NULL THEN clock END, (SELECT max(at_ms) FROM moves WHERE moves.seq=deployments.seq "
+                              "AND moves.state='Queued') FROM deployments WHERE completed_ms IS NULL AND state='Queued' ORDER BY seq LIMIT ?",
+                              (_EXPIRY_BATCH,)).fetchall()
+        late = [seq for seq, since, since_ms in rows if elapsed_ms(since, clock, wall_ms=at_ms - since_ms) > limit_ms]
+        if not late:
+            return ()
+        reason = f"expired: it waited longer than lock_timeout ({lock_timeout_s} s) for its turn"
 
         def work(db: sqlite3.Connection) -> tuple[Deployment, ...]:
-            # One that starts over waits from then on, not from when it was first queued.
-            rows = db.execute(
-                f"SELECT {_COLUMNS} FROM deployments WHERE completed_ms IS NULL AND state='Queued' AND "
-                "(SELECT max(at_ms) FROM moves WHERE moves.seq=deployments.seq AND moves.state='Queued') < ?", (oldest_ms,)).fetchall()
-            reason = f"expired: it waited longer than lock_timeout ({lock_timeout_s} s) for its turn"
-            return tuple(self._move(db, _deployment_of(row), Outcome.CANCELLED, reason, at_ms, error=reason) for row in rows)
+            found = [db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE seq=? AND state='Queued'", (seq,)).fetchone() for seq in late]
+            return tuple(self._move(db, _deployment_of(row), Outcome.CANCELLED, reason, at_ms, error=reason) for row in found if row)
 
         return self._write(work, durable=True)
 
@@ -3260,10 +4033,11 @@ class Store:
         """Return a deployment as it is on disk now."""
         return next(iter(self._select("WHERE deploy_id=?", (deploy_id,))), None)
 
-    def history(self, *, service: str | None, state: str | None, before_seq: int | None, limit: int) -> tuple[Deployment, ...]:
-        """Return deployments, newest first, older than the one with `before_seq`."""
-        return self._select("WHERE service=coalesce(?, service) AND state=coalesce(?, state) AND seq < ? ORDER BY seq DESC LIMIT ?",
-                            (service, state, 1 << 62 if before_seq is None else before_seq, limit))
+    def history(self, *, service: str | None, state: str | None, before_seq: int | None, limit: int,
+                is_unfinished: bool = False) -> tuple[Deployment, ...]:
+        """Return deployments (or only those that have not ended), newest first, older than the one with `before_seq`."""
+        clause = "WHERE service=coalesce(?, service) AND state=coalesce(?, state) AND seq < ?" + " AND completed_ms IS NULL" * is_unfinished
+        return self._select(clause + " ORDER BY seq DESC LIMIT ?", (service, state, 1 << 62 if before_seq is None else before_seq, limit))
 
     def _select(self, clause: str, values: Sequence[Any]) -> tuple[Deployment, ...]:
         with self._reader() as db:
@@ -3276,7 +4050,7 @@ class Store:
             try:
                 row = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE deploy_id=?", (deploy_id,)).fetchone()
                 seq = row and row[0]
-                moves = db.execute("SELECT state, at_ms, reason FROM moves WHERE seq=? ORDER BY n", (seq,)).fetchall()
+                moves = db.execute("SELECT state, at_ms, reason FROM moves WHERE seq=? ORDER BY id", (seq,)).fetchall()
                 results = db.execute("SELECT phase, step, name, command, attempt, status, exit_code, signal, started_ms, duration_ms, "
                                      "stdout, stderr, note, critical FROM commands WHERE seq=? ORDER BY n", (seq,)).fetchall()
             finally:
@@ -3286,11 +4060,15 @@ class Store:
 
     def service_record(self, name: str) -> ServiceRecord:
         """Return what is known of a service; zeros for one that never deployed."""
+        return next(iter(self.service_records(name)), ServiceRecord(name))
+
+    def service_records(self, name: str | None = None) -> tuple[ServiceRecord, ...]:
+        """Return what is known of every service that ever ended a deployment, or of one."""
         with self._reader() as db:
-            row = db.execute("SELECT name, current_image, last_deploy_id, last_status, last_completed_ms, health, succeeded, failed, "
-                             "rolled_back, rollback_failed, cancelled, duration_ms, last_failure_ms FROM services WHERE name=?",
-                             (name,)).fetchone()
-        return ServiceRecord(*row) if row else ServiceRecord(name)
+            rows = db.execute("SELECT name, current_image, last_deploy_id, last_status, last_completed_ms, health, succeeded, failed, "
+                              "rolled_back, rollback_failed, cancelled, duration_ms, last_failure_ms FROM services WHERE name=coalesce(?, name) "
+                              "ORDER BY name", (name,)).fetchall()
+        return tuple(ServiceRecord(*row) for row in rows)
 
     def queue_counts(self) -> dict[str, dict[str, int]]:
         """Return how many deployments wait and run, by service: {"web": {"queued": 2, "active": 1}}."""
@@ -3300,6 +4078,67 @@ class Store:
         for service, is_queued, number in rows:
             counts.setdefault(service, {"queued": 0, "active": 0})["queued" if is_queued else "active"] = number
         return counts
+
+    def tallies(self) -> tuple[Tally, ...]:
+        """Return what was counted of stored facts up to now, for the metrics to go on from."""
+        with self._reader() as db:
+            rows = db.execute("SELECT metric, labels, bucket, number, total FROM tallies").fetchall()
+        return tuple((metric, tuple(json.loads(labels)), *rest) for metric, labels, *rest in rows)
+
+    # --- moves as they come, and what is to be told of them
+
+    def last_move(self) -> int:
+        """Return the number of the newest move; 0 before the first."""
+        with self._reader() as db:
+            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name='moves'").fetchone()
+        return row[0] if row else 0
+
+    def moves_after(self, number: int, limit: int) -> tuple[Transition, ...]:
+        """Return the moves that follow one, in the order of their commits."""
+        with self._reader() as db:
+            rows = db.execute(f"SELECT {_MOVE_COLUMNS} FROM moves AS m JOIN deployments AS d USING (seq) WHERE m.id > ? ORDER BY m.id LIMIT ?",
+                              (number, limit)).fetchall()
+        return tuple(Transition(row[0], row[1] and State(row[1]), State(row[2]), row[3], row[4], _deployment_of(row[5:])) for row in rows)
+
+    def marks(self) -> dict[str, str]:
+        """Return the marks by name."""
+        with self._reader() as db:
+            return dict(db.execute("SELECT name, value FROM marks").fetchall())
+
+    def enqueue(self, notices: Sequence[Outgoing], marks: Mapping[str, str]) -> int:
+        """Put notices into the outbox and set marks, in one transaction; return how many old ones had to give way."""
+        def work(db: sqlite3.Connection) -> int:
+            db.executemany("INSERT INTO outbox (channel, seq, message_id, notice, created_ms, clock, attempts) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                           [notice[1:] for notice in notices])
+            db.executemany("INSERT INTO marks (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value=excluded.value", [*marks.items()])
+            return sum(db.execute("DELETE FROM outbox WHERE channel=? AND id <= (SELECT id FROM outbox WHERE channel=? ORDER BY id DESC "
+                                  "LIMIT 1 OFFSET ?)", (channel, channel, _MAX_OUTBOX)).rowcount for channel in {notice.channel for notice in notices})
+
+        return self._write(work, durable=False)
+
+    def next_notices(self, channel: str, limit: int) -> tuple[Outgoing, ...]:
+        """Return the oldest notice of each deployment that waits for a channel, oldest first: those behind it must wait."""
+        with self._reader() as db:
+            rows = db.execute("SELECT id, channel, seq, message_id, notice, created_ms, clock, attempts FROM outbox WHERE id IN "
+                              "(SELECT min(id) FROM outbox WHERE channel=? GROUP BY seq) ORDER BY id LIMIT ?", (channel, limit)).fetchall()
+        return tuple(Outgoing(*row) for row in rows)
+
+    def take_notice(self, number: int) -> None:
+        """Remove a notice that is delivered, or will never be."""
+        self._write(lambda db: db.execute("DELETE FROM outbox WHERE id=?", (number,)), durable=False)
+
+    def drop_channel(self, channel: str) -> None:
+        """Remove everything that waits for a channel."""
+        self._write(lambda db: db.execute("DELETE FROM outbox WHERE channel=?", (channel,)), durable=False)
+
+    def count_attempt(self, number: int) -> None:
+        """Note that a notice could not be delivered yet."""
+        self._write(lambda db: db.execute("UPDATE outbox SET attempts=attempts+1 WHERE id=?", (number,)), durable=False)
+
+    def outbox_counts(self) -> dict[str, int]:
+        """Return how many notices wait, by channel."""
+        with self._reader() as db:
+            return dict(db.execute("SELECT channel, count(*) FROM outbox GROUP BY channel").fetchall())
 
     def size_bytes(self) -> int:
         """Return what the database takes on disk."""
@@ -3333,11 +4172,6 @@ class Store:
             if os.stat(self.path + "-wal").st_size >= _CHECKPOINT_BYTES:
                 with self._reader() as db:
                     db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-
-    def known_services(self) -> tuple[str, ...]:
-        """Return every service that ever ended a deployment."""
-        with self._reader() as db:
-            return tuple(name for (name,) in db.execute("SELECT name FROM services ORDER BY name").fetchall())
 
     def prune_messages(self, at_ms: int, *, keep: int = _MAX_MESSAGES, batch: int = 1000) -> int:
         """Forget up to `batch` signed messages that came too long ago, or are more than `keep`; return how many."""
@@ -3512,7 +4346,27 @@ def load_keyring(config: Config, services: Services, surroundings: SecretSurroun
         for secret, value in _SECRET_SOURCES[name](config.secrets, surroundings, place).items():
             values.setdefault(secret, value)
     _check_secrets(values, config, services, place)
-    return Keyring(values, Masker(values.values()))
+    return Keyring(values, Masker([*values.values(), *_confidential_texts(config.notifications)]))
+
+
+def _confidential_texts(notifications: Notifications) -> Iterator[bytes]:
+    """Yield what stands in config.toml and is a secret all the same: URLs of chats, tokens, passwords."""
+    for table in (*(notifications.channel or ()), notifications.webhook):
+        for name in (*SECRET_KEYS, "on_failure", "on_rollback", "on_success"):
+            if text := getattr(table, name, None):
+                yield text.encode()
+
+
+def _secrets_of_channels(notifications: Notifications) -> Iterator[tuple[str, str]]:
+    """Yield (secret, who wants it) for everything that channels take from secrets."""
+    webhook = notifications.webhook
+    for name in ("on_failure", "on_rollback", "on_success", "signing_key"):
+        if secret := secret_named(getattr(webhook, name)):
+            yield secret, f"notifications.webhook.{name}"
+    for channel in notifications.channel or ():
+        for name in SECRET_KEYS if channel else ():
+            if secret := secret_named(getattr(channel, name)):
+                yield secret, f"notifications.channel {channel.name}, {name}"
 
 
 def _check_secrets(values: Mapping[str, bytes], config: Config, services: Services, place: Place) -> None:
@@ -3521,7 +4375,8 @@ def _check_secrets(values: Mapping[str, bytes], config: Config, services: Servic
         keys = {name: f"service {service.name}.security.hmac_keys" for name in service.security.hmac_keys or ()} | keys
     if config.security.read_access == "token":
         keys["read_token"] = 'security.read_access = "token"'
-    for name, wanted_by in ({name: "secrets.required_secrets" for name in config.secrets.required_secrets or ()} | keys).items():
+    wanted = dict(_secrets_of_channels(config.notifications)) if config.notifications.enabled else {}
+    for name, wanted_by in (wanted | {name: "secrets.required_secrets" for name in config.secrets.required_secrets or ()} | keys).items():
         if name not in values:
             place.problem(f"secret {name} is not found in any source; it is required by {wanted_by}")
         elif name not in keys and not values[name].strip():
@@ -3985,8 +4840,29 @@ def _probe_socket(check: SocketCheck) -> str:
     return ""
 
 
-def _hang_up(link: socket.socket, is_read: StopToken, deadline: float) -> None:
-    if not is_read.wait(deadline - time.monotonic()):
+@contextlib.contextmanager
+def hanging_up(link: socket.socket, deadline: float) -> Iterator[None]:
+    """End a connection at a deadline, whatever is being read: its own timeout begins anew with every byte that drips in.
+
+    Raises TimeoutError when that was reached.
+    """
+    is_over = StopToken()
+    # TLS takes the socket's descriptor over; this one stays.
+    with link.dup() as end:
+        clock = threading.Thread(target=_hang_up, args=(end, is_over, deadline), name="hang up", daemon=True)
+        clock.start()
+        try:
+            yield
+        finally:
+            is_over.set("over")
+            clock.join()
+            is_over.close()
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+
+
+def _hang_up(link: socket.socket, is_over: StopToken, deadline: float) -> None:
+    if not is_over.wait(deadline - time.monotonic()):
         with contextlib.suppress(OSError):
             link.shutdown(socket.SHUT_RDWR)
 
@@ -4003,26 +4879,636 @@ def _probe_http(check: HttpCheck) -> str:
     with contextlib.closing(client):
         client.request("GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")),
                        headers={"User-Agent": f"hookshot/{__version__}", "Connection": "close"})
-        # The socket's own timeout begins anew with every byte that drips in; this one does not.
-        is_read = StopToken()
-        clock = threading.Thread(target=_hang_up, args=(client.sock, is_read, deadline), name="probe", daemon=True)
-        clock.start()
-        try:
+        with hanging_up(client.sock, deadline):
             answer = client.getresponse()
             body = b""
             while check.contains is not None and len(body) < 1 << 16 and (piece := answer.read1(1 << 14)):
                 body += piece
-        finally:
-            is_read.set("read")
-            clock.join()
-            is_read.close()
-            if time.monotonic() >= deadline:
-                raise TimeoutError
     if answer.status != check.status:
         return f"answered {answer.status}, not {check.status}"
     if check.contains is not None and check.contains.encode() not in body:
         return "answered without the expected text"
     return ""
+
+
+# === 16. NOTIFY =======================================================================================================
+# Tells people and programs what became of deployments. Owns the outbox's sender.
+#
+# 1. Moves in the database become notices in the outbox in one transaction, so none is lost and none waits for a receiver.
+# 2. One thread sends. A notice is tried until it is delivered, refused for good, or too old; its id stays the same.
+# 3. Notices of one deployment reach a channel in their order; those of others do not wait for them.
+# 4. What a deployment brought along is text, whatever the sink makes of text: no mention, no markup, no header.
+# 5. Where a notice goes is the operator's word alone. Redirects are not followed, and what a receiver says is not kept.
+
+# The next try comes after 1, 2, 4, ... seconds, half of it by chance, so that channels do not knock all at once.
+_MAX_BACKOFF_S = 900.0
+# After so many failures to reach a receiver at all, the whole channel waits, at most this long.
+_UNREACHABLE_TRIES, _MAX_PAUSE_OF_CHANNEL_S = 3, 60.0
+# Whatever Retry-After says: a receiver must not silence its channel for ever.
+_MAX_RETRY_AFTER_S = 3600.0
+_MOVES_PAGE, _HEADS = 200, 200
+_SHUTDOWN_S = 2.0
+_IDLE_NOTIFIER_S = 60.0
+# What is told of an error: the start of it says most, and chats take a few thousand characters in all.
+_ERROR_CHARS = 1000
+# The mark up to which moves have become notices; empty while notifications are off, so that turning them on tells no history.
+_CURSOR, _DATABASE_ID = "notified", "database_id"
+
+
+class Notice(NamedTuple):
+    """What there is to tell of one move; kept in the outbox as JSON."""
+
+    event: str
+    service: str
+    image: str
+    previous_image: str | None
+    current_image: str | None
+    deploy_id: str
+    status: str
+    at_ms: int
+    error: str | None
+    failure_stage: str | None
+    duration_ms: int | None
+    host: str
+
+
+def notice_of(move: Transition, host: str) -> Notice | None:
+    """Return what a move is told as, or None."""
+    deployment, is_end = move.deployment, move.state in TERMINAL
+    event = COUNT_OF_STATE.get(move.state) or ("started" if move.state is State.VALIDATING else None)
+    if not event:
+        return None
+    # The record is of now, the move may be an earlier one.
+    return Notice(
+        event, deployment.service, deployment.image, deployment.previous_image,
+        {State.SUCCEEDED: deployment.image, State.ROLLED_BACK: deployment.previous_image}.get(move.state), deployment.deploy_id, move.state,
+        move.at_ms, deployment.error and clip(deployment.error, _ERROR_CHARS) if is_end else None,
+        deployment.failure_stage if is_end else None, deployment.duration_ms if is_end else None, host)
+
+
+# How bad it is, for channels with only_changes; what is not here changes nothing.
+_SEVERITY = {"succeeded": 0, "failed": 1, "rolled_back": 1, "rollback_failed": 2}
+
+
+def wants(channel: Channel, notice: Notice, severity_before: int) -> bool:
+    """Return whether a channel is told of this."""
+    if notice.event not in channel.events or (channel.services and notice.service not in channel.services):
+        return False
+    return not channel.only_changes or _SEVERITY.get(notice.event, severity_before) != severity_before
+
+
+def message_id_of(database_id: str, move: Transition, channel: str) -> str:
+    """Return the id of a notice: the same if the outbox has to be made again from the same move, and no other's."""
+    told = "\n".join((database_id, str(move.id), move.deployment.deploy_id, move.state, str(move.at_ms), channel))
+    return f"msg_{hashlib.sha256(told.encode()).hexdigest()[:24]}"
+
+
+# --- words
+
+_HEADLINES = {
+    "started": "{service}: deploying {image}", "succeeded": "{service}: {image} is live", "failed": "{service}: {image} failed",
+    "rolled_back": "{service}: {image} failed, back on {previous_image}",
+    "rollback_failed": "{service}: {image} failed, and so did the rollback", "cancelled": "{service}: {image} was cancelled",
+    "test": "hookshot on {host}: this is a test"}
+_COLOURS = {"started": "#6b7280", "succeeded": "#2e7d32", "failed": "#c62828", "rolled_back": "#ef6c00", "rollback_failed": "#b71c1c",
+            "cancelled": "#6b7280", "test": "#1565c0"}
+# As ntfy counts: 1 (least) to 5.
+_PRIORITIES_OF_EVENTS = {"started": 2, "succeeded": 3, "failed": 4, "rolled_back": 4, "rollback_failed": 5, "cancelled": 3, "test": 3}
+
+
+def headline(notice: Notice) -> str:
+    """Return a notice in one line, without control characters."""
+    return escape_controls(clip(_HEADLINES[notice.event].format_map(notice._asdict()), 400))
+
+
+def facts_of(notice: Notice) -> list[tuple[str, str]]:
+    """Return what is known, by name, without control characters."""
+    facts = [("Error", notice.error), ("Stage", notice.failure_stage), ("Image", notice.image), ("Previous image", notice.previous_image),
+             ("Took", None if notice.duration_ms is None else render_duration(notice.duration_ms)), ("Deployment", notice.deploy_id),
+             ("Host", notice.host)]
+    return [(name, escape_controls(value)) for name, value in facts if value]
+
+
+def _plain_words(notice: Notice) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in facts_of(notice))
+
+
+# --- what each kind of receiver takes
+
+
+class Post(NamedTuple):
+    """One HTTP POST."""
+
+    url: str
+    headers: dict[str, str]
+    body: bytes
+
+
+def _post_json(url: str, document: object, headers: Mapping[str, str] = {}) -> Post:
+    return Post(url, {"Content-Type": "application/json", **headers}, render_json(document))
+
+
+def _bearer(channel: Channel) -> dict[str, str]:
+    return {"Authorization": f"Bearer {channel.token}"} if channel.token else {}
+
+
+def build_json(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
+    """Return our own JSON in the shape that Standard Webhooks recommends, signed if there is a key."""
+    data = {name: value for name, value in notice._asdict().items() if name not in ("event", "at_ms")}
+    post = _post_json(channel.url, {"type": f"deployment.{notice.event}", "timestamp": render_time(notice.at_ms), "data": data}, _bearer(channel))
+    signed = sign_webhook(channel.signing_key.encode(), post.body, message_id, at_s) if channel.signing_key else {
+        "webhook-id": message_id, "webhook-timestamp": str(at_s)}
+    return post._replace(headers=post.headers | signed)
+
+
+def build_slack(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
+    """Return a message of Slack (Mattermost and others take it too): values as plain_text, where no markup and no mention is read."""
+    fields = [{"type": "plain_text", "text": clip(f"{name}\n{value}", 2000), "emoji": False} for name, value in facts_of(notice)]
+    text = headline(notice).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _post_json(channel.url, {
+        "text": text, "mrkdwn": False, "link_names": False,
+        "attachments": [{"color": _COLOURS[notice.event], "fallback": text, "blocks": [{"type": "section", "fields": fields}]}]})
+
+
+_DISCORD_MARKUP = str.maketrans({character: f"\\{character}" for character in "\\*_~`|>#-+[]()<@:"})
+
+
+def build_discord(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
+    """Return a message of Discord, its markup escaped, and no mention allowed."""
+    fields = [{"name": name, "value": clip(value.translate(_DISCORD_MARKUP), 1024), "inline": name not in ("Error", "Deployment")}
+              for name, value in facts_of(notice)]
+    return _post_json(channel.url, {"allowed_mentions": {"parse": []}, "embeds": [{
+        "title": clip(headline(notice).translate(_DISCORD_MARKUP), 256), "color": int(_COLOURS[notice.event][1:], 16), "fields": fields,
+        "timestamp": render_time(notice.at_ms)}]})
+
+
+def build_teams(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
+    """Return an Adaptive Card for a Teams workflow; text runs, because text blocks would read Markdown."""
+    lines = [[{"type": "TextRun", "text": headline(notice), "weight": "Bolder", "size": "Medium"}]]
+    lines += [[{"type": "TextRun", "text": f"{name}: ", "weight": "Bolder"}, {"type": "TextRun", "text": value}] for name, value in facts_of(notice)]
+    card = {"$schema": "http://adaptivecards.io/schemas/adaptive-card.json", "type": "AdaptiveCard", "version": "1.4",
+            "body": [{"type": "RichTextBlock", "inlines": runs} for runs in lines]}
+    return _post_json(channel.url, {"type": "message", "attachments": [
+        {"contentType": "application/vnd.microsoft.card.adaptive", "contentUrl": None, "content": card}]})
+
+
+def build_telegram(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
+    """Return a message of a Telegram bot: no parse_mode, so no markup; a zero-width space keeps "@name" from being a mention."""
+    text = clip(f"{headline(notice)}\n\n{_plain_words(notice)}", 4000).replace("@", "@\u200b")
+    base = channel.url or "https://api.telegram.org"
+    return _post_json(f"{base.rstrip('/')}/bot{channel.token}/sendMessage", {
+        "chat_id": channel.chat_id, "text": text, "link_preview_options": {"is_disabled": True}})
+
+
+def build_ntfy(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
+    """Return a message of ntfy as JSON, because its headers would have to carry our text."""
+    base, _, topic = channel.url.rstrip("/").rpartition("/")
+    return _post_json(f"{base}/", {"topic": topic, "title": headline(notice), "message": _plain_words(notice),
+                                   "priority": _PRIORITIES_OF_EVENTS[notice.event]}, _bearer(channel))
+
+
+def build_gotify(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
+    """Return a message of Gotify, shown as plain text."""
+    document = {"title": headline(notice), "message": _plain_words(notice), "priority": 2 * _PRIORITIES_OF_EVENTS[notice.event],
+                "extras": {"client::display": {"contentType": "text/plain"}}}
+    return _post_json(f"{channel.url.rstrip('/')}/message", document, {"X-Gotify-Key": channel.token})
+
+
+_BUILDERS: dict[str, Callable[[Notice, Channel, str, int], Post]] = {
+    "json": build_json, "slack": build_slack, "discord": build_discord, "teams": build_teams, "telegram": build_telegram, "ntfy": build_ntfy,
+    "gotify": build_gotify}
+_FORMAT_OF_URL = (
+    (re.compile(r"https://discord(?:app)?\.com/api/webhooks/.*/slack"), "slack"),
+    (re.compile(r"https://(?:[a-z]+\.)?discord(?:app)?\.com/api/(?:v\d+/)?webhooks/.*"), "discord"),
+    (re.compile(r"https://hooks\.slack(?:-gov)?\.com/.*"), "slack"),
+    (re.compile(r"https://[^/]+\.(?:webhook\.office\.com|logic\.azure\.com|api\.powerplatform\.com)(?::\d+)?/.*"), "teams"))
+
+
+def format_of(channel: Channel) -> str:
+    """Return how a channel's notices are written: as its type or its format says, else as its URL does."""
+    if channel.type != "webhook":
+        return channel.type
+    if channel.format != "auto":
+        return channel.format
+    return next((name for pattern, name in _FORMAT_OF_URL if pattern.fullmatch(channel.url)), "json")
+
+
+def build_mail(notice: Notice, channel: Channel, message_id: str) -> Any:
+    """Return an email.message.EmailMessage; its class refuses line breaks in headers, and the texts have none."""
+    import email.message
+    import email.utils
+
+    mail = email.message.EmailMessage()
+    mail["Subject"] = clip(headline(notice), 200)
+    mail["From"], mail["To"] = channel.sender, ", ".join(channel.recipients)
+    mail["Date"] = email.utils.formatdate(notice.at_ms / 1000)
+    mail["Message-ID"] = f"<{message_id}@{re.sub('[^A-Za-z0-9.-]', '-', notice.host) or 'localhost'}>"
+    # RFC 3834: nobody's out-of-office message shall answer it.
+    mail["Auto-Submitted"] = "auto-generated"
+    mail.set_content(f"{headline(notice)}\n\n{_plain_words(notice)}\n")
+    return mail
+
+
+# --- channels
+
+
+def reveal(text: str, secrets_by_name: Mapping[str, bytes]) -> str:
+    """Return a value of the file, or the secret that it names as "secret:NAME" ("" if there is none)."""
+    name = secret_named(text)
+    return secrets_by_name.get(name, b"").decode("utf-8", "replace").strip() if name else text
+
+
+def channels_of(notifications: Notifications, secrets_by_name: Mapping[str, bytes]) -> tuple[Channel, ...]:
+    """Return every channel with its secrets in place, those of [notifications.webhook] first; none if notifications are off."""
+    if not notifications.enabled:
+        return ()
+    channels = [*webhook_channels(notifications.webhook, secrets_by_name), *notifications.channel]
+    return tuple(channel._replace(**{name: reveal(getattr(channel, name), secrets_by_name) for name in SECRET_KEYS}) for channel in channels)
+
+
+_EVENTS_OF_WEBHOOK = {"on_failure": ("failed", "rollback_failed"), "on_rollback": ("rolled_back",), "on_success": ("succeeded",)}
+
+
+def webhook_channels(webhook: NoticeWebhook, secrets_by_name: Mapping[str, bytes]) -> Iterator[Channel]:
+    """Yield what [notifications.webhook] stands for: a channel for each URL."""
+    empty = Channel(**{name: None for name in Channel._fields})
+    for name, events in _EVENTS_OF_WEBHOOK.items():
+        url = getattr(webhook, name)
+        if webhook.use_secrets and f"webhook_{name}" in secrets_by_name:
+            url = f"secret:webhook_{name}"
+        if url:
+            yield empty._replace(name=f"webhook.{name}", type="webhook", url=url, events=events, services=(), only_changes=False, token="", password="",
+                                 timeout=webhook.timeout, format=webhook.format, signing_key=webhook.signing_key, allow_private=webhook.allow_private)
+
+
+def check_channels(notifications: Notifications, secrets_by_name: Mapping[str, bytes], place: Place) -> None:
+    """Add what is wrong with channels now that their secrets are known; no message has a URL or a token in it."""
+    for channel in channels_of(notifications, secrets_by_name):
+        where = place._replace(path=f'{place.path}: channel "{channel.name}"')
+        if channel.url and not _URL.fullmatch(channel.url):
+            where.problem("its URL is not a plain http:// or https:// URL")
+        elif channel.url.startswith("http://") and not _is_written_private(channel.url) and not channel.allow_private:
+            where.warning("its URL is plain HTTP: what is sent can be read on the way")
+        if (channel.url.startswith("https://") or channel.type == "telegram" or channel.security not in (None, "none")) and not ssl:
+            where.problem("needs Python's ssl module, which this Python lacks")
+        if channel.token and not (channel.token.isascii() and channel.token.isprintable()):
+            where.problem("its token has characters that no header can have")
+        if channel.signing_key and (problem := check_webhook_key(channel.signing_key.encode())):
+            where.problem(f"its signing_key {problem}")
+        elif format_of(channel) == "json" and not channel.signing_key and channel.type == "webhook":
+            where.warning("its notices are not signed; name a secret in signing_key")
+
+
+_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:/[!-~]*)?", re.ASCII)
+
+
+def _is_written_private(url: str) -> bool:
+    """Return whether a URL has an address, or localhost, in place of a name: then the operator knows where it leads."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    return host == "localhost" or parse_address(host) is not None
+
+
+# --- sending
+
+
+class Attempt(NamedTuple):
+    """What came of one attempt: "delivered", "retried" (it is worth another) or "refused"; and whether anyone answered."""
+
+    outcome: str
+    words: str
+    retry_after_s: float | None = None
+    was_reached: bool = True
+
+
+def dial(host: str, port: int, timeout_s: float, *, may_be_private: bool) -> socket.socket:
+    """Return a connection to a host; OSError says why not. The address that is checked is the one that is connected to.
+
+    A name that leads into a private network is refused unless the operator allows it: names can be changed by others.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    allowed = [entry for entry in found if may_be_private or is_public(parse_address(str(entry[4][0])))]
+    if not allowed:
+        raise PermissionError(errno.EACCES, "its name leads to a private address; set allow_private = true if that is meant")
+    error: OSError = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
+    for family, kind, protocol, _, address in allowed:
+        link = socket.socket(family, kind, protocol)
+        link.settimeout(timeout_s)
+        try:
+            link.connect(address)
+            return link
+        except OSError as failure:
+            link.close()
+            error = failure
+    raise error
+
+
+def send_post(post: Post, timeout_s: float, *, allow_private: bool) -> Attempt:
+    """POST once, without following redirects; the answer's body is not read."""
+    parts = urllib.parse.urlsplit(post.url)
+    is_tls, host = parts.scheme == "https", parts.hostname or ""
+    deadline = time.monotonic() + timeout_s
+    try:
+        link = dial(host, parts.port or (443 if is_tls else 80), timeout_s, may_be_private=allow_private or _is_written_private(post.url))
+        with contextlib.closing(link), hanging_up(link, deadline):
+            client = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
+            client.sock = ssl.create_default_context().wrap_socket(link, server_hostname=host) if is_tls else link
+            with contextlib.closing(client):
+                client.request("POST", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")), post.body,
+                               {"Host": parts.netloc, "User-Agent": f"hookshot/{__version__}", "Connection": "close", **post.headers})
+                answer = client.getresponse()
+                return judge_answer(answer.status, answer.getheader("Retry-After"), now_ms())
+    except TimeoutError:
+        return Attempt("retried", f"no answer within {timeout_s:g} s", was_reached=False)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return Attempt("retried", _why_unreachable(error), was_reached=False)
+
+
+def _why_unreachable(error: Exception) -> str:
+    """Return a reason in words of ours: the text of an error could hold what a receiver said."""
+    if why := getattr(error, "verify_message", None):
+        return f"its certificate is not trusted: {why}"
+    return getattr(error, "strerror", None) or {"RemoteDisconnected": "it closed without an answer"}.get(type(error).__name__, type(error).__name__)
+
+
+def judge_answer(status: int, retry_after: str | None, at_ms: int) -> Attempt:
+    """Return what an HTTP status means for a notice: 2xx delivered, 5xx, 408, 425 and 429 worth another try, the rest final."""
+    words = f"HTTP {status}"
+    if 200 <= status < 300:
+        return Attempt("delivered", words)
+    if status >= 500 or status in (408, 425, 429):
+        return Attempt("retried", words, parse_retry_after(retry_after, at_ms))
+    return Attempt("refused", f"{words}; redirects are not followed" if 300 <= status < 400 else words)
+
+
+def parse_retry_after(header: str | None, at_ms: int) -> float | None:
+    """Return the seconds that a Retry-After header asks for, in seconds or as a date (RFC 9110, 10.2.3); None without a good one."""
+    import email.utils
+
+    if header is None:
+        return None
+    if re.fullmatch(r"\d{1,9}", header.strip(), re.ASCII):
+        return min(float(header), _MAX_RETRY_AFTER_S)
+    try:
+        moment = email.utils.parsedate_to_datetime(header)
+        return min(max(0.0, moment.timestamp() - at_ms / 1000), _MAX_RETRY_AFTER_S)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def send_mail(mail: Any, channel: Channel) -> Attempt:
+    """Hand a message to the channel's mail server once."""
+    import smtplib
+
+    host, _, port = channel.server.rpartition(":")
+    host = host.strip("[]")
+    deadline = time.monotonic() + channel.timeout
+    may_be_private = channel.allow_private or host == "localhost" or parse_address(host) is not None
+
+    class Client(smtplib.SMTP):
+        """Connects to the address that was checked, and for no longer than all may take."""
+
+        def __init__(self) -> None:
+            # Named, because otherwise the library asks DNS for this host's name, which takes seconds without a network.
+            super().__init__(timeout=channel.timeout, local_hostname="localhost")
+            # What the library checks the certificate against after STARTTLS.
+            self._host = host
+
+        def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+            link = dial(host, port, timeout, may_be_private=may_be_private)
+            ends.enter_context(hanging_up(link, deadline))
+            return ssl.create_default_context().wrap_socket(link, server_hostname=host) if channel.security == "tls" else link
+
+    with contextlib.ExitStack() as ends:
+        client = Client()
+        ends.callback(client.close)
+        try:
+            code, _ = client.connect(host, int(port))
+            if code != 220:
+                return _judge_reply(code, "the connection")
+            client.ehlo_or_helo_if_needed()
+            if channel.security == "starttls":
+                client.starttls(context=ssl.create_default_context())
+            if channel.username:
+                client.login(channel.username, channel.password)
+            refused = client.send_message(mail)
+        except TimeoutError:
+            return Attempt("retried", f"no answer within {channel.timeout} s", was_reached=False)
+        except smtplib.SMTPRecipientsRefused as error:
+            return _judge_reply(max(code for code, _ in error.recipients.values()), "every recipient")
+        except smtplib.SMTPResponseException as error:
+            return _judge_reply(error.smtp_code, "the mail")
+        except smtplib.SMTPNotSupportedError:
+            return Attempt("refused", f"the server does not offer what is asked for (security = \"{channel.security}\", a login)")
+        except (OSError, ValueError) as error:  # SMTPException is an OSError
+            return Attempt("retried", _why_unreachable(error), was_reached=False)
+        # It is accepted, whatever becomes of the farewell.
+        with contextlib.suppress(OSError):
+            client.quit()
+    return Attempt("delivered", f"accepted, but for {len(refused)} recipients" if refused else "accepted")
+
+
+def _judge_reply(code: int, what: str) -> Attempt:
+    """Return what an SMTP reply means: 4xx is worth another try (RFC 5321, 4.2.1)."""
+    return Attempt("refused" if code >= 500 else "retried", f"{what} was refused with SMTP {code}")
+
+
+def run_notice_command(notice: Notice, channel: Channel, environ: Mapping[str, str]) -> Attempt:
+    """Run the channel's command, the notice as JSON on its standard input and as HOOKSHOT_* in its environment."""
+    env = {name: value for name, value in environ.items() if SAFE_ENV.fullmatch(name)}
+    env.setdefault("PATH", DEFAULT_PATH)
+    env |= {f"HOOKSHOT_{name.upper()}": str(value) for name, value in notice._asdict().items() if value is not None and "\0" not in str(value)}
+    env["HOOKSHOT_MESSAGE"] = headline(notice)
+    try:
+        process = subprocess.Popen(channel.command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env,
+                                   cwd="/", start_new_session=True)
+    except OSError as error:
+        return Attempt("retried", f"cannot be started: {error.strerror}", was_reached=False)
+    try:
+        process.communicate(render_json(notice._asdict()), timeout=channel.timeout)
+    except subprocess.TimeoutExpired:
+        end_groups([process.pid])
+        process.wait()
+        return Attempt("retried", f"did not end within {channel.timeout} s", was_reached=False)
+    except OSError:  # it does not read its input, which is its own affair
+        process.wait()
+    return Attempt("delivered", "exit status 0") if process.returncode == 0 else Attempt("retried", f"exit status {process.returncode}")
+
+
+def send_notice(notice: Notice, channel: Channel, message_id: str, environ: Mapping[str, str]) -> Attempt:
+    """Try once to deliver a notice."""
+    if channel.type == "exec":
+        return run_notice_command(notice, channel, environ)
+    if channel.type == "email":
+        return send_mail(build_mail(notice, channel, message_id), channel)
+    post = _BUILDERS[format_of(channel)](notice, channel, message_id, now_ms() // 1000)
+    return send_post(post, channel.timeout, allow_private=channel.allow_private)
+
+
+class _Patience:
+    """How long a channel waits because its receiver cannot be reached, or asked for time."""
+
+    def __init__(self) -> None:
+        self.until, self._failures = 0.0, 0
+
+    def note(self, attempt: Attempt, now: float) -> None:
+        """Learn from an attempt."""
+        self._failures = 0 if attempt.was_reached else self._failures + 1
+        if attempt.retry_after_s:
+            self.until = now + attempt.retry_after_s
+        elif self._failures >= _UNREACHABLE_TRIES:
+            self.until = now + with_jitter(min(_MAX_PAUSE_OF_CHANNEL_S, 2.0 ** (self._failures - _UNREACHABLE_TRIES)))
+
+
+class Notifier:
+    """Turns moves into notices, and sends them. run() in a thread of its own; note(), wake() and stop() from any thread."""
+
+    def __init__(self, store: Store, read: Callable[[], tuple[Notifications, Mapping[str, bytes]]], publish: Publish, environ: Mapping[str, str]):
+        """`read` returns what is in force: the configuration and the secrets."""
+        self._store, self._read, self._publish, self._environ = store, read, publish, dict(environ)
+        self._host = socket.gethostname()
+        self._news = threading.Event()
+        self._stop_at: float | None = None
+        self._marks: dict[str, str] | None = None
+        self._known: tuple[Any, Any] = (None, None)
+        self._channels: dict[str, Channel] = {}
+        self._patience: dict[str, _Patience] = {}
+        # When a notice that failed may be tried again (monotonic), by its number. A restart tries them all at once.
+        self._due: dict[int, float] = {}
+        # Notices that are done with, but could not be removed: a full disk must not have them sent for ever.
+        self._done: set[int] = set()
+
+    def note(self, event: Event) -> None:
+        """Take notice of a move."""
+        if isinstance(event, Moved) and self._channels:
+            self._news.set()
+
+    def wake(self) -> None:
+        """Look at the configuration and the outbox now."""
+        self._news.set()
+
+    def stop(self) -> None:
+        """End run() soon: what is due is still sent, as far as a moment suffices."""
+        self._stop_at = time.monotonic() + _SHUTDOWN_S
+        self._news.set()
+
+    def run(self) -> None:
+        """Send until stop()."""
+        while True:
+            try:
+                wait_s = self.turn(time.monotonic())
+            except HookshotError as error:
+                self._publish(Trouble("notices_failed", f"notices wait: {error.sentence}"))
+                wait_s = 1.0
+            except Exception as error:
+                self._publish(Broken("notifier", error))
+                wait_s = 5.0
+            if self._stop_at is not None and (wait_s > 0 or time.monotonic() >= self._stop_at):
+                return
+            if self._news.wait(wait_s):
+                self._news.clear()
+
+    def turn(self, now: float) -> float:
+        """Make notices of new moves, try one notice of each channel; return the seconds until there is something to do."""
+        self._take_configuration()
+        self._collect()
+        for number in tuple(self._done):
+            self._store.take_notice(number)
+            self._done.discard(number)
+        wait_s = _IDLE_NOTIFIER_S
+        for channel in self._channels.values():
+            wait_s = min(wait_s, self._turn_of(channel, now))
+        return max(0.0, wait_s)
+
+    # --- from moves to notices
+
+    def _take_configuration(self) -> None:
+        """Follow the configuration; what waits for a channel that is gone is dropped, and said so."""
+        read = self._read()
+        if self._marks is None:
+            self._marks = self._store.marks()
+        if read[0] is self._known[0] and read[1] is self._known[1]:
+            return
+        channels = {channel.name: channel for channel in channels_of(*read)}
+        if not channels and self._marks.get(_CURSOR) != "":
+            self._mark({_CURSOR: ""})
+        elif channels and not self._marks.get(_CURSOR):
+            self._mark({_CURSOR: str(self._store.last_move())})
+        for name, number in self._store.outbox_counts().items():
+            if name not in channels:
+                self._store.drop_channel(name)
+                self._publish(Trouble("notices_dropped", f"{number} notices for channel {name} are dropped: it is not configured any more"))
+        self._patience = {name: self._patience.get(name, _Patience()) if self._channels.get(name) == channel else _Patience()
+                          for name, channel in channels.items()}
+        self._channels, self._known = channels, read
+
+    def _mark(self, marks: Mapping[str, str], notices: Sequence[Outgoing] = ()) -> None:
+        assert self._marks is not None
+        gave_way = self._store.enqueue(notices, marks)
+        self._marks |= marks
+        if gave_way:
+            self._publish(Trouble("notices_dropped", f"{gave_way} old notices had to give way: a receiver has not taken any for long"))
+
+    def _collect(self) -> None:
+        """Make notices of the moves since the last time, a page a transaction."""
+        while self._channels and self._marks and (page := self._store.moves_after(int(self._marks[_CURSOR]), _MOVES_PAGE)):
+            marks, notices = {_CURSOR: str(page[-1].id)}, []
+            for move in page:
+                if notice := notice_of(move, self._host):
+                    notices += self._notices_for(move, notice, marks)
+            self._mark(marks, notices)
+
+    def _notices_for(self, move: Transition, notice: Notice, marks: dict[str, str]) -> list[Outgoing]:
+        assert self._marks is not None
+        mark = f"severity:{notice.service}"
+        before = int(marks.get(mark) or self._marks.get(mark) or 0)
+        if notice.event in _SEVERITY and _SEVERITY[notice.event] != before:
+            marks[mark] = str(_SEVERITY[notice.event])
+        text, clock = json.dumps(notice), clock_reading()
+        return [Outgoing(0, channel.name, move.deployment.seq, message_id_of(self._marks[_DATABASE_ID], move, channel.name), text, now_ms(), clock)
+                for channel in self._channels.values() if wants(channel, notice, before)]
+
+    # --- sending
+
+    def _turn_of(self, channel: Channel, now: float) -> float:
+        """Try the first notice of a channel that is due; return the seconds until the next one is."""
+        patience = self._patience[channel.name]
+        if patience.until > now:
+            return patience.until - now
+        heads = [head for head in self._store.next_notices(channel.name, _HEADS) if head.id not in self._done]
+        due = min(heads, key=lambda head: (self._due.get(head.id, 0.0) > now, head.id), default=None)
+        if due is None:
+            return _IDLE_NOTIFIER_S
+        if self._due.get(due.id, 0.0) > now:
+            return min(self._due[head.id] for head in heads) - now
+        self._try(channel, due, patience)
+        return max(0.0, patience.until - time.monotonic())
+
+    def _try(self, channel: Channel, sent: Outgoing, patience: _Patience) -> None:
+        notice = Notice(*json.loads(sent.notice))
+        attempt = send_notice(notice, channel, sent.message_id, self._environ)
+        patience.note(attempt, time.monotonic())
+        age_s = elapsed_ms(sent.clock, clock_reading(), wall_ms=now_ms() - sent.created_ms) / 1000
+        outcome = "expired" if attempt.outcome == "retried" and age_s >= self._read()[0].retry_for else attempt.outcome
+        self._publish(Notified(channel.name, outcome, notice.deploy_id, sent.message_id, _describe(channel.name, notice, outcome, attempt, sent.attempts + 1)))
+        if outcome != "retried":
+            self._due.pop(sent.id, None)
+            self._done.add(sent.id)
+            self._store.take_notice(sent.id)
+            self._done.discard(sent.id)
+            return
+        self._due[sent.id] = time.monotonic() + max(attempt.retry_after_s or 0.0, with_jitter(min(_MAX_BACKOFF_S, 2.0 ** min(sent.attempts, 20))))
+        self._store.count_attempt(sent.id)
+
+
+def _describe(channel: str, notice: Notice, outcome: str, attempt: Attempt, tries: int) -> str:
+    words = {"delivered": "told", "retried": "could not tell", "refused": "was refused by", "expired": "gives up telling"}[outcome]
+    after = {"retried": "; it will be tried again", "expired": "; it is older than notifications.retry_for"}.get(outcome, "")
+    return f"{notice.service} {notice.event}: {words} {channel} at try {tries}: {attempt.words}{after}"
+
+
+def sample_notice() -> Notice:
+    """Return what `notify-test` sends."""
+    return Notice("test", "example", "example/app:1.0", "example/app:0.9", None, "test", "Test", now_ms(), None, None, 1234, socket.gethostname())
 
 
 # === 17. ENGINE =======================================================================================================
@@ -4140,7 +5626,7 @@ class _Job:
             raise
         except Exception as error:
             # A bug must not leave a deployment without a worker: it would hold its service's place for ever.
-            self._publish(Broken(f"deployment {self._deployment.deploy_id}", error))
+            self._publish(Broken("deployment", error, self._deployment.trigger.request_id, self._deployment.deploy_id))
             self._unwritten_results.clear()
             self._move(Outcome.FAILED_FOR_GOOD, "the server made a mistake; its log has more", error="internal error",
                        duration_ms=self._duration_ms(now_ms()))
@@ -4300,8 +5786,8 @@ class _Job:
 
     def _duration_ms(self, at_ms: int) -> int:
         if self._deployment.recoveries:
-            # The monotonic clock of the server that began it is gone.
-            return max(0, at_ms - (self._deployment.started_ms or at_ms))
+            # This process has not seen its beginning.
+            return elapsed_ms(self._deployment.clock, clock_reading(), wall_ms=at_ms - (self._deployment.started_ms or at_ms))
         return int((time.monotonic() - self._started) * 1000)
 
     def _phase_ms(self) -> int:
@@ -4318,7 +5804,7 @@ class _Job:
                 return work()
             except HookshotError as error:
                 if tries == 0:
-                    self._publish(Trouble(f"deployment {self._deployment.deploy_id} waits to be recorded: {error.sentence}"))
+                    self._publish(Trouble("record_waiting", f"it waits to be recorded: {error.sentence}", self._deployment.deploy_id))
             if self._stop.wait(_RETRY_STORAGE_S):
                 raise _Interrupted
 
@@ -4513,7 +5999,7 @@ class Engine:
 
     def start(self) -> None:
         """Start the workers."""
-        self._untidy.update(self.store.known_services())
+        self._untidy.update(record.name for record in self.store.service_records())
         for number in range(1, self.current().config.server.worker_threads + 1):
             stop = StopToken()
             thread = threading.Thread(target=self._work, args=(stop,), name=f"worker-{number}", daemon=True)
@@ -4550,7 +6036,7 @@ class Engine:
                 return
             except HookshotError as error:
                 deployment = None
-                self.publish(Trouble(f"the queue cannot be read: {error.sentence}"))
+                self.publish(Trouble("queue_unreadable", f"the queue cannot be read: {error.sentence}"))
                 if stop.wait(_RETRY_STORAGE_S):
                     return
             except Exception as error:
@@ -4641,7 +6127,7 @@ def find_leftovers(deployments: Iterable[Deployment], store_id: str) -> list[int
 
 
 # === 18. API ==========================================================================================================
-# What each route does: gates, then a handler (app, request) -> Response. Owns the rate limiter and the health report.
+# What each route does: gates, then a handler (app, request) -> Response. Owns the rate limiter, the health report and the feed.
 #
 # 1. ROUTES is the one table: 404, 405 with Allow, and docs/api.md come from it.
 # 2. Gates run in this order: address, rate, route, token or signature, handler. Nothing is stored before they passed.
@@ -4657,8 +6143,15 @@ _HEALTH_PATIENCE_S = 1.0
 _PREVIEW_CHARS = 200
 # Larger bodies, each verified with every key, take milliseconds, and other clients would wait for them.
 _QUICK_BODY_BYTES = 64 << 10
-# Below it gzip saves no packet.
+# Below it gzip saves no packet; above it saving time is better than saving more bytes.
 _WORTH_GZIP_BYTES = 1024
+_LARGE_BYTES = 64 << 10
+# Moves that are ready for readers of GET /events. One who is further behind reads them from the database when he comes again.
+_FEED_MOVES = 2000
+_FEED_PAGE = 500
+# Moves that come within this time go out together: with hundreds of readers each sending is as dear as a deployment.
+_FEED_PAUSE_S = 0.05
+_FEED_RETRY_S = 1.0
 MAX_TAIL_LINES = 100_000
 # Headers that only a proxy adds, as everything that begins with x-forwarded-: a request with one did not come straight.
 _FORWARDING_HEADERS = frozenset({"forwarded", "x-real-ip", "via"})
@@ -4706,11 +6199,152 @@ class HealthCache:
         self.asked_s = -_HEALTH_PATIENCE_S
 
 
+class EventFeed:
+    """The newest moves, read once and rendered once for all readers of GET /events. Any thread; run() in one of its own.
+
+    Moves are read from the database, not taken from what is published: there they have one order, and a reader that comes
+    again goes on where it was. While nobody reads, nothing is done.
+    """
+
+    def __init__(self, store: Store, publish: Publish, metrics: Metrics):
+        self.store, self.publish, self.metrics = store, publish, metrics
+        # What is called when there is news, without waiting.
+        self.on_news: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+        self._news, self._is_stopping = threading.Event(), threading.Event()
+        # (number, service, text) of every move after `_floor`.
+        self._moves: collections.deque[tuple[int, str, bytes]] = collections.deque()
+        self._floor = self._last = 0
+        self.readers = 0
+
+    def note(self, event: Event) -> None:
+        """Take notice that there is a new move."""
+        if self.readers and isinstance(event, Moved | Accepted):
+            self._news.set()
+
+    def open(self, after: int | None, service: str | None) -> "EventReader":
+        """Return a reader that begins after a move, or with what comes."""
+        newest = self.store.last_move()
+        with self._lock:
+            if not self.readers:
+                self._moves.clear()
+                self._floor = self._last = newest
+            self.readers += 1
+        # A database that was restored from a backup may be behind what the reader has seen.
+        return EventReader(self, newest if after is None else min(after, newest), service)
+
+    def leave(self) -> None:
+        """A reader has gone."""
+        with self._lock:
+            self.readers -= 1
+
+    @property
+    def floor(self) -> int:
+        """The move after which all are ready."""
+        return self._floor
+
+    def take(self, after: int, service: str | None, limit_bytes: int) -> tuple[int, bytes] | None:
+        """Return the number of the last move looked at and the text of those after `after`; None if they are not ready any more."""
+        with self._lock:
+            if after < self._floor:
+                return None
+            moves = list(itertools.takewhile(lambda move: move[0] > after, reversed(self._moves)))
+        texts, size = [], 0
+        for number, owner, text in reversed(moves):
+            if size >= limit_bytes:
+                break
+            after = number
+            if service in (None, owner):
+                texts.append(text)
+                size += len(text)
+        return after, b"".join(texts)
+
+    def run(self) -> None:
+        """Read what is new until stop()."""
+        while not self._is_stopping.wait(_FEED_PAUSE_S):
+            self._news.wait()
+            self._news.clear()
+            try:
+                self.turn()
+            except HookshotError as error:
+                self.publish(Trouble("events_unreadable", f"moves cannot be read for GET /events: {error.sentence}"))
+                self._is_stopping.wait(_FEED_RETRY_S)
+                self._news.set()
+            except Exception as error:
+                self.publish(Broken("feed", error))
+
+    def turn(self) -> None:
+        """Make ready what has come since the last turn, and tell of it."""
+        while not self._is_stopping.is_set() and (page := self.store.moves_after(self._last, _FEED_PAGE)):
+            rendered = [(move.id, move.deployment.service, render_transition(move)) for move in page]
+            with self._lock:
+                self._moves.extend(rendered)
+                self._last = page[-1].id
+                while len(self._moves) > _FEED_MOVES:
+                    self._floor = self._moves.popleft()[0]
+            self.on_news()
+
+    def stop(self) -> None:
+        """End run()."""
+        self._is_stopping.set()
+        self._news.set()
+
+
+class EventReader:
+    """One reader of GET /events: first what is in the database (backlog), then what comes (take). One thread at a time."""
+
+    def __init__(self, feed: EventFeed, after: int, service: str | None):
+        self._feed, self._after, self._service = feed, after, service
+        self._is_open = True
+
+    def backlog(self) -> Iterator[bytes]:
+        """Yield the moves from where it begins to where the feed goes on."""
+        yield b"retry: 2000\n\n"
+        while self._after < self._feed.floor and (page := self._feed.store.moves_after(self._after, _FEED_PAGE)):
+            self._after = page[-1].id
+            yield b"".join(render_transition(move) for move in page if self._service in (None, move.deployment.service))
+
+    def take(self, limit_bytes: int) -> bytes | None:
+        """Return what has come, b"" for nothing, None if it is too late for that."""
+        found = self._feed.take(self._after, self._service, limit_bytes)
+        if found is None:
+            return None
+        self._after, text = found
+        return text
+
+    def farewell(self) -> bytes:
+        """Count and log a reader that was too slow; return the event that tells it so."""
+        self._feed.metrics.add("hookshot_event_streams_dropped_total", (), 1)
+        self._feed.publish(Noted("stream_dropped", f"a reader of GET /events was too slow and was dropped after move {self._after}; it can go on from there"))
+        return b'event: dropped\ndata: {"resume_after":%d}\n\n' % self._after
+
+    def close(self) -> None:
+        """Leave the feed; again is nothing."""
+        if self._is_open:
+            self._is_open = False
+            self._feed.leave()
+
+
+def render_transition(move: Transition) -> bytes:
+    """Return a move as a server-sent event, its id the move's number."""
+    deployment = move.deployment
+    document: dict[str, Any] = {
+        "deploy_id": deployment.deploy_id, "service": deployment.service, "image": deployment.image, "status": move.state,
+        "previous_status": move.before, "at": render_time(move.at_ms), "reason": move.reason}
+    if move.state in TERMINAL:
+        document |= {"error": deployment.error, "duration_ms": deployment.duration_ms}
+    return b"id: %d\nevent: deployment\ndata: %b\n" % (move.id, render_json(document))
+
+
 class App:
     """What handlers may touch."""
 
-    def __init__(self, store: Store, engine: Engine, current: Callable[[], Current], waiters: Waiters, publish: Publish):
+    def __init__(self, store: Store, engine: Engine, current: Callable[[], Current], waiters: Waiters, publish: Publish, metrics: Metrics, log: Log):
         self.store, self.engine, self.current, self.waiters, self.publish = store, engine, current, waiters, publish
+        self.metrics, self.log, self.feed = metrics, log, EventFeed(store, publish, metrics)
+        self.started_ms = now_ms()
+        # How many connections are open: the server says it.
+        self.connections: Callable[[], int] = lambda: 0
         self.is_ready = False
         self.is_closing = False
         self.has_hinted = False
@@ -4735,7 +6369,10 @@ Handler = Callable[[App, Request], Response]
 
 
 class Route(NamedTuple):
-    """One row of ROUTES; `gate` is "open", "read" or "signature". `quick` gives the answer if that needs no waiting."""
+    """One row of ROUTES; `gate` is "open", "read" or "signature". `quick` gives the answer if that needs no waiting.
+
+    What is not `is_limited` counts for no rate limit: monitoring asks it again and again.
+    """
 
     method: str
     pattern: str
@@ -4743,6 +6380,7 @@ class Route(NamedTuple):
     handler: Handler
     doc: str
     quick: Callable[[App, Request], Response | None] | None = None
+    is_limited: bool = True
 
 
 def answer(status: int, document: object, *headers: tuple[str, str]) -> Response:
@@ -4852,16 +6490,16 @@ def admit(app: App, request: Request) -> tuple[Route, Fields]:
     address = client_address(request, security.trusted_proxies)
     if security.allowed_ips and not is_in(address, security.allowed_ips):
         _hint_at_proxy(app, request)
-        raise HookshotError("access_denied", "this address may not use the server (security.allowed_ips)")
+        raise HookshotError("access_denied", "this address may not use the server (security.allowed_ips)", reason="address")
     route = find_route(request.method, request.path, current.config)
-    headers = () if route and route.gate == "open" or not security.rate_limit else _check_rate(app, request, address, security.rate_limit)
+    headers = () if route and not route.is_limited or not security.rate_limit else _check_rate(app, request, address, security.rate_limit)
     try:
         if not route:
             raise _no_route(request, current.config)
         if route.gate == "read":
             _check_read_access(current, request)
         elif route.gate == "signature" and not has_signature(request.headers):
-            raise HookshotError("authentication", "the signature is missing or wrong")
+            raise HookshotError("authentication", "the signature is missing or wrong", reason="missing")
     except HookshotError as error:
         error.headers += headers
         raise
@@ -4876,7 +6514,7 @@ def _hint_at_proxy(app: App, request: Request) -> None:
             or is_in(peer, app.current().config.security.trusted_proxies):
         return
     app.has_hinted = True
-    app.publish(Trouble(f"forwarding headers from {peer} are not believed, so all its clients count as one; if it is your proxy, "
+    app.publish(Trouble("proxy_not_believed", f"forwarding headers from {peer} are not believed, so all its clients count as one; if it is your proxy, "
                         "add it to security.trusted_proxies"))
 
 
@@ -4898,7 +6536,10 @@ def _check_read_access(current: Current, request: Request) -> None:
     has_token = token is not None and scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1", "replace"), token)
     if not (mode == "open" or has_token or (mode == "local" and _is_local(request))):
         raise HookshotError("authentication", "reading needs the bearer token (secret read_token)"
-                            + (", or a request straight from this host to localhost" if mode == "local" else ""))
+                            + (", or a request straight from this host to localhost" if mode == "local" else ""), reason="token")
+
+
+MOVABLE_PATHS = ("/health", "/metrics")
 
 
 def find_route(method: str, path: str, config: Config) -> Route | None:
@@ -4909,8 +6550,13 @@ def find_route(method: str, path: str, config: Config) -> Route | None:
 
 
 def _fixed_path(path: str, config: Config) -> str:
-    """Return the path as ROUTES has it: monitoring.health_path moves one."""
-    return "/health" if path == config.monitoring.health_path else "" if path == "/health" else path
+    """Return the path as ROUTES has it, or one that no route has: [monitoring] moves two of them."""
+    monitoring = config.monitoring
+    if path == monitoring.health_path:
+        return "/health"
+    if path == monitoring.metrics_path and monitoring.metrics_enabled:
+        return "/metrics"
+    return "" if path in MOVABLE_PATHS else path
 
 
 def matches_pattern(pattern: str, path: str) -> bool:
@@ -4971,8 +6617,15 @@ def answer_bug(app: App, request: Request, error: Exception) -> Response:
 def refuse(app: App, request: Request, error: HookshotError) -> Response:
     """Publish that a request is refused (its path without the query, which may hold anything) and return the answer."""
     address = client_address(request, app.current().config.security.trusted_proxies)
-    app.publish(Refused(request.request_id, address, request.method, request.path, error.kind.code, error.sentence))
+    app.publish(Refused(request.request_id, address, request.method, request.path, error.kind.code, error.sentence, error.reason))
     return answer_error(error, request.request_id)
+
+
+def count_answer(app: App, method: str, route: Route | None, status: int, seconds: float) -> None:
+    """Count an answer under its route's pattern; `route` is None for a request that is in no table or could not be read."""
+    labels = (method if method in _COUNTED_METHODS else OTHER, route.pattern if route else OTHER)
+    app.metrics.add("http_requests_total", (*labels, str(status)), 1)
+    app.metrics.add("http_request_duration_seconds", labels, seconds)
 
 
 # --- compressing
@@ -4990,7 +6643,7 @@ def _compress(request: Request, response: Response) -> Response:
     except ImportError:
         return response
     # 31: the largest window, and gzip's own frame.
-    compressor = zlib.compressobj(6, zlib.DEFLATED, 31)
+    compressor = zlib.compressobj(6 if len(response.body) < _LARGE_BYTES else 1, zlib.DEFLATED, 31)
     headers += (("Content-Encoding", "gzip"),)
     if response.stream is not None:
         return response._replace(headers=headers, stream=_compress_stream(response.stream, compressor, zlib.Z_SYNC_FLUSH))
@@ -5042,7 +6695,7 @@ def _service_for(current: Current, deploy: DeployRequest) -> Service:
     """Return the service, if the key that signed may deploy it."""
     service = current.services.by_name.get(deploy.service)
     if deploy.key_id not in current.config.security.hmac_keys and not (service and deploy.key_id in service.security.hmac_keys):
-        raise HookshotError("authentication", "the signature is missing or wrong")
+        raise HookshotError("authentication", "the signature is missing or wrong", reason="other_service")
     if not service:
         raise HookshotError("service_not_found", f"there is no service {deploy.service}")
     return service
@@ -5146,8 +6799,7 @@ def _render_record(deployment: Deployment, moves: Sequence[Move], results: Seque
     return {
         "deploy_id": deployment.deploy_id, "service": deployment.service, "status": deployment.state, "image": deployment.image,
         "previous_image": deployment.previous_image,
-        "progress": {"phase": deployment.phase, "steps_completed": _steps_completed(deployment),
-                     "steps_total": deployment.steps_total, "current_step": deployment.current_step},
+        "progress": _render_progress(deployment),
         "timings": {"queued_at": render_time(deployment.queued_ms), "started_at": render_time(deployment.started_ms),
                     "completed_at": render_time(deployment.completed_ms), "duration_ms": deployment.duration_ms,
                     "queue_time_ms": deployment.queue_ms, "deploy_time_ms": deployment.deploy_ms,
@@ -5158,6 +6810,11 @@ def _render_record(deployment: Deployment, moves: Sequence[Move], results: Seque
         "error": deployment.error, "failure_stage": deployment.failure_stage, "metadata": deployment.metadata,
         "triggered_by": deployment.trigger._asdict(), "recoveries": deployment.recoveries,
         "status_url": f"/status/{deployment.deploy_id}", "logs_url": f"/logs/{deployment.deploy_id}"}
+
+
+def _render_progress(deployment: Deployment) -> dict[str, Any]:
+    return {"phase": deployment.phase, "steps_completed": _steps_completed(deployment), "steps_total": deployment.steps_total,
+            "current_step": deployment.current_step}
 
 
 def _steps_completed(deployment: Deployment) -> int:
@@ -5187,7 +6844,8 @@ def handle_deployments(app: App, request: Request) -> Response:
     state = request.query.get("status")
     if state is not None and state not in list(State):
         raise HookshotError("validation", f"status: {clip(escape_controls(state), 40)} is not one of {', '.join(State)}")
-    found = app.store.history(service=request.query.get("service"), state=state, before_seq=before, limit=limit + 1)
+    is_unfinished = request.query.get("unfinished", "0") not in ("0", "false")
+    found = app.store.history(service=request.query.get("service"), state=state, before_seq=before, limit=limit + 1, is_unfinished=is_unfinished)
     return answer(200, {"deployments": [_render_summary(deployment) for deployment in found[:limit]],
                         "next_cursor": str(found[limit - 1].seq) if len(found) > limit else None})
 
@@ -5196,7 +6854,7 @@ def _render_summary(deployment: Deployment) -> dict[str, Any]:
     return {"deploy_id": deployment.deploy_id, "service": deployment.service, "status": deployment.state, "image": deployment.image,
             "previous_image": deployment.previous_image, "queued_at": render_time(deployment.queued_ms),
             "started_at": render_time(deployment.started_ms), "completed_at": render_time(deployment.completed_ms),
-            "duration_ms": deployment.duration_ms, "error": deployment.error, **_urls(deployment)}
+            "duration_ms": deployment.duration_ms, "error": deployment.error, "progress": _render_progress(deployment), **_urls(deployment)}
 
 
 def handle_services(app: App, request: Request) -> Response:
@@ -5307,20 +6965,68 @@ def _read_log(app: App, request: Request, deployment: Deployment, path: str, sta
 
 
 def _follow_events(app: App, request: Request, deployment: Deployment, path: str, start: int) -> Iterator[bytes]:
-    """Yield the log as server-sent events, one a line, their ids offsets to resume from; the last event is "end"."""
+    """Yield the log as server-sent events of whole lines, their ids offsets to resume from; the last event is "end".
+
+    Not an event for each line: many readers of a large log would leave the interpreter to nobody else.
+    """
     rest, sent = b"", time.monotonic()
     for offset, chunk in _read_log(app, request, deployment, path, start, True):
-        *lines, rest = (rest + chunk).split(b"\n")
-        position = offset - len(rest) - sum(len(line) + 1 for line in lines)
-        events = []
-        for line in lines:
-            position += len(line) + 1
-            events.append(b"id: %d\ndata: %b\n\n" % (position, line))
-        if events or time.monotonic() - sent >= _HEARTBEAT_S:
+        lines, newline, rest = (rest + chunk).rpartition(b"\n")
+        if newline or time.monotonic() - sent >= _HEARTBEAT_S:
             sent = time.monotonic()
-            yield b"".join(events) or b": still running\n\n"
+            yield b"id: %d\ndata: %b\n\n" % (offset - len(rest), lines.replace(b"\n", b"\ndata: ")) if newline else b": still running\n\n"
     latest = app.store.get(deployment.deploy_id) or deployment
     yield b"event: end\ndata: " + render_json({"deploy_id": latest.deploy_id, "status": latest.state, "error": latest.error}) + b"\n"
+
+
+def handle_events(app: App, request: Request) -> Response:
+    """GET /events"""
+    service = request.query.get("service")
+    if service is not None and service not in app.current().services.by_name:
+        raise HookshotError("service_not_found", f"there is no service {clip(escape_controls(service), 40)}")
+    resume = request.headers.get("last-event-id", "")
+    after = int(resume) if re.fullmatch(r"\d{1,18}", resume, re.ASCII) else None
+    if "after" in request.query:
+        after = _parse_number_parameter(request.query, "after", 0, 10**18 - 1, 0)
+    reader = app.feed.open(after, service)
+    return Response(200, content_type="text/event-stream", headers=(("X-Accel-Buffering", "no"),), stream=reader.backlog(), feed=reader)
+
+
+def handle_metrics(app: App, request: Request) -> Response:
+    """GET /metrics"""
+    is_openmetrics = wants_openmetrics(request.headers.get("accept", ""))
+    body = app.metrics.render(_measure(app), is_openmetrics=is_openmetrics)
+    return Response(200, body, METRICS_TYPES[is_openmetrics], (("Vary", "Accept"),))
+
+
+def _measure(app: App) -> list[Sample]:
+    """Return what is true at this moment only; what cannot be found out is left out."""
+    config, services = app.current().config, app.current().services.by_name
+    python = ".".join(map(str, sys.version_info[:3]))
+    samples: list[Sample] = [
+        ("hookshot_build_info", (__version__, python, sqlite3.sqlite_version), 1),
+        ("hookshot_start_time_seconds", (), app.started_ms / 1000),
+        ("hookshot_ready", (), int(app.is_ready)),
+        ("hookshot_workers_alive", (), app.engine.alive_workers()),
+        ("hookshot_workers_configured", (), config.server.worker_threads),
+        ("hookshot_connections", (), app.connections()),
+        ("hookshot_event_streams", (), app.feed.readers),
+        ("hookshot_log_lines_lost_total", (), app.log.lines_lost)]
+    # A full or broken disk must not take the other figures away.
+    with contextlib.suppress(HookshotError, OSError):
+        counts, pending = app.store.queue_counts(), app.store.outbox_counts()
+        samples.append(("deployment_queue_size", (), sum(count["queued"] for count in counts.values())))
+        samples += [("deployment_active", (name,), counts.get(name, {}).get("active", 0)) for name in sorted({*services, *counts})]
+        samples += [("hookshot_notifications_pending", (name,), number) for name, number in pending.items()]
+        samples.append(("hookshot_database_size_bytes", (), app.store.size_bytes()))
+    with contextlib.suppress(OSError):
+        samples.append(("hookshot_disk_free_bytes", (), free_bytes(config.storage.data_dir)))
+    if own := read_own_figures():
+        samples += [("process_cpu_seconds_total", (), own.cpu_s), ("process_threads", (), own.threads),
+                    ("process_virtual_memory_bytes", (), own.virtual_bytes), ("process_resident_memory_bytes", (), own.resident_bytes),
+                    ("process_start_time_seconds", (), own.started_s), ("process_open_fds", (), own.descriptors),
+                    ("process_max_fds", (), own.max_descriptors)]
+    return samples
 
 
 def _recent_health(app: App, request: Request) -> Response | None:
@@ -5383,14 +7089,17 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/deploy", "signature", handle_deploy, "Accept a deployment; ?wait=N or Prefer: wait=N answers when it ended."),
     Route("GET", "/status/{id}", "read", handle_status, "One deployment: its state, history, commands and timings."),
     Route("GET", "/logs/{id}", "read", handle_logs, "Its log; ?tail=N for the last lines, ?follow=1 until it ends, or server-sent events."),
-    Route("GET", "/deployments", "read", handle_deployments, "Deployments, newest first; service, status, limit (1-200), cursor."),
+    Route("GET", "/deployments", "read", handle_deployments, "Deployments, newest first; service, status, unfinished, limit (1-200), cursor."),
+    Route("GET", "/events", "read", handle_events, "Every move of every deployment as it happens, as server-sent events; service, after."),
+    Route("GET", "/metrics", "read", handle_metrics, "Metrics for Prometheus, as text or as OpenMetrics.", is_limited=False),
     Route("GET", "/services", "read", handle_services, "Every service: what runs, how the last deployment ended, statistics."),
     Route("GET", "/services/{name}", "read", handle_service, "One service."),
-    Route("GET", "/health", "open", handle_health, "Whether database, disk and workers are well; 503 if not.", quick=_recent_health),
-    Route("GET", "/ready", "open", handle_ready, "Whether deploys are accepted; 503 while starting or draining.", quick=handle_ready),
+    Route("GET", "/health", "open", handle_health, "Whether database, disk and workers are well; 503 if not.", quick=_recent_health, is_limited=False),
+    Route("GET", "/ready", "open", handle_ready, "Whether deploys are accepted; 503 while starting or draining.", quick=handle_ready, is_limited=False),
 )
 _PLAIN_ROUTES = {(route.method, route.pattern): route for route in ROUTES if "{" not in route.pattern}
 _PATTERN_ROUTES = tuple(route for route in ROUTES if "{" in route.pattern)
+_COUNTED_METHODS = frozenset({"HEAD", *(route.method for route in ROUTES)})
 
 
 # === 19. SERVER =======================================================================================================
@@ -5429,6 +7138,9 @@ _ACCEPTS_A_TURN = 64
 _ACCEPT_PAUSE_S = 0.5
 # The log is told of it no more often than this.
 _SHORTAGE_TOLD_S = 60.0
+# What a follower is sent at once: so much is kept for one that is slow. And how long it hears nothing while nothing happens.
+_FEED_BYTES = 16 << 10
+_FEED_HEARTBEAT_S = 15.0
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
@@ -5677,9 +7389,9 @@ def _why_not_trusted(context: Any, cert: str) -> str | None:
     return None
 
 
-# What a conversation waits for when it yields: bytes, room to send, the first byte, a TLS handshake, its next turn, or
-# the thread of its request.
-_READ, _WRITE, _PEEK, _SHAKE, _AGAIN, _AWAY, _CLOSED = "read", "write", "peek", "shake", "again", "away", "closed"
+# What a conversation waits for when it yields: bytes, room to send, the first byte, a TLS handshake, its next turn, the
+# thread of its request, or news in its feed.
+_READ, _WRITE, _PEEK, _SHAKE, _AGAIN, _AWAY, _NEWS, _CLOSED = "read", "write", "peek", "shake", "again", "away", "news", "closed"
 _Conversation = Generator[str, bytes, None]
 _NO_HEAD = _Head("-", "-", {}, {}, True, True, None)
 # The first byte of every TLS connection: a handshake record (RFC 8446, 5.1).
@@ -5794,6 +7506,8 @@ class _Connection:
         self._is_in_request = self._may_skip = self._has_tried = self._closes = self._may_shake = False
         self._waits_for, self._watches = _AGAIN, 0
         self._job: tuple[Route, Request, _Head, Fields] | None = None
+        self._feed: Feed | None = None
+        self._began = 0.0
         self._conversation: _Conversation = self._converse()
 
     # --- the reading thread's side
@@ -5824,6 +7538,11 @@ class _Connection:
                 given = self._link.recv(1, socket.MSG_PEEK)
             elif waits_for is _SHAKE:
                 self._link.do_handshake()
+            elif waits_for is _NEWS:
+                # A client that follows has nothing more to say; whether it is still there is all that is asked.
+                if not self._link.recv(CHUNK_BYTES):
+                    self.close()
+                return
             elif waits_for is not _AGAIN:
                 return
         except _WOULD_READ:
@@ -5852,8 +7571,17 @@ class _Connection:
         """The deadline is over: a request that is on its way is told so, anything else just ends."""
         if self._is_in_request and self._waits_for is _READ:
             self._go_on(error=HookshotError("request_timeout", "the request did not arrive in time (server.request_timeout)"))
+        elif self._waits_for is _NEWS:
+            self._go_on(None)
         else:
+            if self._feed:
+                self._feed.farewell()
             self.close()
+
+    def hear(self) -> None:
+        """There may be news in the feed that it follows."""
+        if self._waits_for is _NEWS:
+            self._go_on(b"news")
 
     def come_back(self) -> None:
         """Go on after the request's thread has sent its answer."""
@@ -5903,6 +7631,8 @@ class _Connection:
         elif self._waits_for is _AWAY:
             self._watch(0)
             self._server.send_away(self)
+        elif self._waits_for is _NEWS:
+            self._watch(selectors.EVENT_READ)
         else:
             self._server.turn_again(self)
 
@@ -5953,22 +7683,28 @@ class _Connection:
 
     def _refuse(self, request: Request, head: _Head, error: HookshotError, extra: Fields = ()) -> _Conversation:
         """Answer after an error in reading: what follows cannot be understood, so the connection ends."""
-        yield self._send(render_answer(refuse(self._app, request, error), head, request.request_id, extra, closes=True))
+        response = refuse(self._app, request, error)
+        self._count(head, find_route(head.method, head.path, self._app.current().config), response)
+        yield self._send(render_answer(response, head, request.request_id, extra, closes=True))
         yield from self._linger()
+
+    def _count(self, head: _Head, route: Route | None, response: Response) -> None:
+        count_answer(self._app, head.method, route, response.status, time.monotonic() - self._began if self._began else 0.0)
 
     def _answer_one(self) -> "Generator[str, bytes, bool]":
         """Answer one request and return whether another may follow."""
         app, server = self._app, self._app.current().config.server
-        self._is_in_request = False
+        self._is_in_request, self._began = False, 0.0
         if not self._buffer:
             self.deadline = time.monotonic() + min(_IDLE_TIMEOUT_S, server.request_timeout)
             self._buffer = yield _READ
             if not self._buffer:
                 return False
-        self.deadline = time.monotonic() + server.request_timeout
+        self._began = time.monotonic()
+        self.deadline = self._began + server.request_timeout
         self._is_in_request = self._may_skip = True
         self._skip_empty_line()
-        head, request, response, extra = _NO_HEAD, None, None, ()
+        head, request, route, response, extra = _NO_HEAD, None, None, None, ()
         try:
             if (end := self._find_head_end()) < 0:
                 end = yield from self._await_head()
@@ -5984,7 +7720,7 @@ class _Connection:
             except HookshotError as error:
                 if not is_whole:
                     raise
-                response = refuse(app, request, error)
+                route, response = find_route(head.method, head.path, app.current().config), refuse(app, request, error)
             else:
                 if not is_whole:
                     request = request._replace(body=(yield from self._read_body(head, length, server.max_request_size)))
@@ -5995,12 +7731,14 @@ class _Connection:
         except _LEAVINGS:
             raise
         except Exception as bug:
-            request = request or _blank_request(self.peer)
-            yield self._send(render_answer(answer_bug(app, request, bug), head, request.request_id, (), closes=True))
+            request, response = request or _blank_request(self.peer), answer_bug(app, request or _blank_request(self.peer), bug)
+            self._count(head, route, response)
+            yield self._send(render_answer(response, head, request.request_id, (), closes=True))
             yield from self._linger()
             return False
         self._is_in_request = False
         if response is None:
+            assert route
             self._job = route, request, head, extra
             try:
                 yield _AWAY
@@ -6008,10 +7746,31 @@ class _Connection:
                 self._job = None
                 response = refuse(app, request, error)
             else:
+                if self._feed:
+                    yield from self._follow(self._feed, is_chunked=head.is_http_1_1)
                 return not self._closes
         closes = self._is_last(head)
+        self._count(head, route, response)
         yield self._send(render_answer(response, head, request.request_id, extra, closes=closes))
         return not closes
+
+    def _follow(self, feed: Feed, *, is_chunked: bool) -> _Conversation:
+        """Send what comes in a feed for as long as the client takes it. The connection ends with that."""
+        try:
+            self._server.followers.add(self)
+            while (block := feed.take(_FEED_BYTES)) is not None:
+                if not block:
+                    self.deadline = time.monotonic() + _FEED_HEARTBEAT_S
+                    if (yield _NEWS):
+                        continue
+                    block = b": still here\n\n"
+                yield self._send(_chunk(block) if is_chunked else block)
+            last = feed.farewell()
+            yield self._send(_chunk(last) + _LAST_CHUNK if is_chunked else last)
+        finally:
+            self._feed = None
+            self._server.followers.discard(self)
+            feed.close()
 
     # --- reading
 
@@ -6184,6 +7943,7 @@ class _Connection:
         # Not kept: a connection may be idle for long, and a body is large.
         (route, request, head, extra), self._job = self._job, None
         response = dispatch(self._app, route, request)
+        self._count(head, route, response)
         closes = self._is_last(head)
         # Unless everything is sent: where an answer breaks off, a client must not take the next one for its rest.
         self._closes = True
@@ -6193,20 +7953,23 @@ class _Connection:
                 self._link.settimeout(self._app.current().config.server.request_timeout)
                 self._link.sendall(render_answer(response, head, request.request_id, extra, closes=closes))
                 if response.stream is not None and head.method != "HEAD":
-                    self._send_stream(response.stream, is_chunked=head.is_http_1_1)
-                self._closes = closes
+                    self._send_stream(response.stream, is_chunked=head.is_http_1_1, is_last=response.feed is None)
+                    self._feed = response.feed
+                self._closes = closes or response.feed is not None
         finally:
             if response.stream is not None:
                 response.stream.close()  # type: ignore[attr-defined]
+            if response.feed and not self._feed:
+                response.feed.close()
 
-    def _send_stream(self, stream: Iterator[bytes], *, is_chunked: bool) -> None:
+    def _send_stream(self, stream: Iterator[bytes], *, is_chunked: bool, is_last: bool) -> None:
         # sendall() takes the timeout for one chunk: a stream may last as long as a deployment, but a reader that takes
         # nothing for request_timeout is gone.
         for chunk in stream:
             if chunk:
-                self._link.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk)
-        if is_chunked:
-            self._link.sendall(b"0\r\n\r\n")
+                self._link.sendall(_chunk(chunk) if is_chunked else chunk)
+        if is_chunked and is_last:
+            self._link.sendall(_LAST_CHUNK)
 
     def _is_gone(self) -> bool:
         """Return whether the client has closed its side, or the connection has failed."""
@@ -6216,6 +7979,14 @@ class _Connection:
             return bool(poll.poll(0))
         except OSError:
             return True
+
+
+_LAST_CHUNK = b"0\r\n\r\n"
+
+
+def _chunk(content: bytes) -> bytes:
+    """Return content as a chunk (RFC 9112, 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(content), content)
 
 
 def _blank_request(peer: Peer) -> Request:
@@ -6293,7 +8064,7 @@ class Listener(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report what dispatch() could not catch, because the answer had begun: a stream that broke off, or a bug."""
         error = sys.exc_info()[1] or RuntimeError("unknown")
-        self._app.publish(Trouble(error.sentence) if isinstance(error, HookshotError) else Broken("answer", error, request.request_id))
+        self._app.publish(Trouble("answer_broken", error.sentence) if isinstance(error, HookshotError) else Broken("answer", error, request.request_id))
 
 
 class HttpServer:
@@ -6310,6 +8081,9 @@ class HttpServer:
         self._again: collections.deque[_Connection] = collections.deque()
         self._shaking: collections.deque[_Connection] = collections.deque()
         self._returned: collections.deque[_Connection] = collections.deque()
+        # Connections that send a feed; touched by the reading thread alone.
+        self.followers: set[_Connection] = set()
+        self._has_news = False
         self._is_closing = False
         self._accepts_again_at: float | None = None
         self._told_shortage_s = -_SHORTAGE_TOLD_S
@@ -6317,6 +8091,7 @@ class HttpServer:
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._take_wake_up)
+        app.connections, app.feed.on_news = lambda: len(self._connections), self.tell_followers
 
     def listen(self, address: ListenAddress) -> None:
         """Listen on one more address; OSError says why not. Before serve()."""
@@ -6345,6 +8120,10 @@ class HttpServer:
                     key.data()
                 while self._returned:
                     self._returned.popleft().come_back()
+                if self._has_news:
+                    self._has_news = False
+                    for connection in tuple(self.followers):
+                        connection.hear()
                 # Answers go out together here, after everything that has come is read: a client is woken once, not for each.
                 for _ in range(len(self._again)):
                     connection = self._again.popleft()
@@ -6395,7 +8174,7 @@ class HttpServer:
         if now < self._told_shortage_s + _SHORTAGE_TOLD_S:
             return
         self._told_shortage_s = now
-        self.app.publish(Trouble(f"no connection can be accepted: {error.strerror}; {len(self._connections)} are open; "
+        self.app.publish(Trouble("connections_exhausted", f"no connection can be accepted: {error.strerror}; {len(self._connections)} are open; "
                                  "raise LimitNOFILE (ulimit -n) or lower server.max_connections"))
 
     def _accept(self, listener: Listener) -> None:
@@ -6466,6 +8245,11 @@ class HttpServer:
         self._returned.append(connection)
         self._wake_up()
 
+    def tell_followers(self) -> None:
+        """Have those who follow a feed look into it. Any thread."""
+        self._has_news = True
+        self._wake_up()
+
     def forget(self, connection: _Connection) -> None:
         """Free a closed connection's place."""
         self._connections.discard(connection)
@@ -6503,6 +8287,7 @@ class HttpServer:
 _HOUSE_TURN_S = 1.0
 # For requests that wait for a deployment's end to send the answer that it goes on after the restart.
 _CLOSE_S = 0.3
+_SENDER_PATIENCE_S = 3.0
 # A turn of the reading thread takes milliseconds; what keeps it longer must not keep the server from ending.
 _READER_PATIENCE_S = 5.0
 
@@ -6540,9 +8325,8 @@ def check_host(settings: Settings, config_path: str, services_path: str, environ
     """Add what this host lacks for the configuration: directories, accounts, programs."""
     _check_data_dir(settings.config.storage.data_dir, Place(config_path, "storage.data_dir", problems))
     _check_server(settings.config, Place(config_path, "server", problems))
-    health_path = settings.config.monitoring.health_path
-    if health_path != "/health" and any(matches_pattern(route.pattern, health_path) for route in ROUTES):
-        Place(config_path, "monitoring.health_path", problems).problem(f"{health_path} is the path of another request; choose another")
+    _check_log_files(settings.config.logging.directory, Place(config_path, "logging.directory", problems))
+    _check_paths(settings.config.monitoring, Place(config_path, "monitoring", problems))
     for service in settings.services.by_name.values():
         place = Place(services_path, f'service "{service.name}"', problems)
         if not os.path.isdir(service.working_dir or "/"):
@@ -6554,6 +8338,20 @@ def check_host(settings: Settings, config_path: str, services_path: str, environ
         except ValueError as error:
             (place / "user").problem(str(error))
         _check_programs(service, environ.get("PATH", DEFAULT_PATH), place)
+
+
+def _check_paths(monitoring: Monitoring, place: Place) -> None:
+    """Note a path of [monitoring] that another request has."""
+    for name, other in (("health_path", monitoring.metrics_path), ("metrics_path", monitoring.health_path)):
+        path = getattr(monitoring, name)
+        if path == other or any(route.pattern not in MOVABLE_PATHS and matches_pattern(route.pattern, path) for route in ROUTES):
+            (place / name).problem(f"{path} is the path of another request; choose another")
+
+
+def _check_log_files(folder: str, place: Place) -> None:
+    """Note a directory for logs that cannot be written; one that is missing is made at start."""
+    if folder:
+        _check_data_dir(folder, place)
 
 
 def _check_data_dir(folder: str, place: Place) -> None:
@@ -6649,10 +8447,9 @@ class Daemon:
         self.warnings: tuple[Problem, ...] = ()
         self._current = self._load()
         self.log = Log()
-        self.log.set_up(self._current.config.logging.level, self._current.config.logging.format, self._current.keyring.masker)
         self._throttle = RefusalThrottle()
         self.signals = Signals()
-        self.waiters = Waiters()
+        self.waiters, self.metrics = Waiters(), Metrics()
         self._parts = contextlib.ExitStack()
         self._house_stop = threading.Event()
         # Held while files and secrets are read: a slow reading must not put back what a later one has replaced.
@@ -6669,6 +8466,7 @@ class Daemon:
             settings = settings._replace(config=self._override(settings.config))
             check_host(settings, *self._paths, self._environ, problems)
             keyring = load_keyring(*settings, self._surroundings, self._paths[0], problems)
+            check_channels(settings.config.notifications, keyring.values, Place(self._paths[0], "notifications", problems))
             tls = load_tls(settings.config.server.tls, Place(self._paths[0], "server.tls", problems))
         if has_errors(problems):
             raise ConfigError(problems)
@@ -6677,6 +8475,7 @@ class Daemon:
 
     def publish(self, event: Event) -> None:
         """Tell everyone who listens. Listeners neither fail nor wait."""
+        self.metrics.observe(event)
         if isinstance(event, Refused):
             # Nobody else listens to refusals, and there may be thousands a second.
             if self._throttle.admit(event.code, event.address, time.monotonic()):
@@ -6685,6 +8484,8 @@ class Daemon:
         log_event(self.log, event)
         self.waiters.tell(event)
         self.engine.note(event)
+        self.app.feed.note(event)
+        self.notifier.note(event)
 
     def start(self) -> None:
         """Lock, open, bind, recover, begin. HookshotError says in one sentence why not."""
@@ -6696,14 +8497,20 @@ class Daemon:
             store = Store(config.storage.data_dir)
             self._parts.callback(store.close)
             make_private_folder(store.logs)
+            if config.logging.directory:
+                make_log_folder(config.logging.directory)
         except OSError as error:
             self._parts.close()
-            raise HookshotError("cannot_write", f"{config.storage.data_dir} cannot be used: {error.strerror}; check its owner and mode") from None
+            folder = error.filename or config.storage.data_dir
+            raise HookshotError("cannot_write", f"{folder} cannot be used: {error.strerror}; check its owner and mode") from None
         except HookshotError:
             self._parts.close()
             raise
+        self._set_up_watching()
         self.engine = Engine(store, lambda: self._current, self.publish, self._environ)
-        self.app = App(store, self.engine, lambda: self._current, self.waiters, self.publish)
+        self.app = App(store, self.engine, lambda: self._current, self.waiters, self.publish, self.metrics, self.log)
+        self.notifier = Notifier(store, lambda: (self._current.config.notifications, self._current.keyring.values), self.publish, self._environ)
+        self._restore_metrics(store)
         self._server = HttpServer(self.app)
         for address in config.server.listen:
             self._listen(address)
@@ -6714,11 +8521,24 @@ class Daemon:
         self.engine.recover()
         self.engine.start()
         self._housekeeper = self._begin("housekeeper", self._keep_house)
+        self._feeder = self._begin("feed", self.app.feed.run)
+        self._sender = self._begin("notifier", self.notifier.run)
         # What exists now stays for ever: the garbage collector need not look at it again and again.
         gc.freeze()
         self.app.is_ready = True
         self._tell_warnings()
         self.publish(Noted("started", f"hookshot {__version__} listens on {' and '.join(shown)}, {self._count_services()}"))
+
+    def _restore_metrics(self, store: Store) -> None:
+        """Have the metrics go on from what is stored."""
+        self.metrics.restore(store.tallies())
+        for record in store.service_records():
+            counts = {status: getattr(record, status) for status in COUNT_OF_STATE.values()}
+            self.metrics.restore(("deployment_total", (record.name, status), 0, number, number) for status, number in counts.items())
+            self.metrics.put("hookshot_service_failing", (record.name,), int(record.health in ("Unhealthy", "Degraded")))
+            self.metrics.put("hookshot_service_last_deployment_timestamp_seconds", (record.name,), (record.last_completed_ms or 0) / 1000)
+        self.metrics.put("hookshot_config_last_reload_successful", (), 1)
+        self.metrics.put("hookshot_config_last_reload_success_timestamp_seconds", (), now_ms() / 1000)
 
     def _tell_warnings(self) -> None:
         for warning in self.warnings:
@@ -6761,6 +8581,11 @@ class Daemon:
                     self._stop_now()
         self._house_stop.set()
         self._housekeeper.join(_CLOSE_S)
+        self.app.feed.stop()
+        self.notifier.stop()
+        self._feeder.join(_CLOSE_S)
+        # It sends what is due. One that waits for a receiver is left behind: the next start sends it again.
+        self._sender.join(_SENDER_PATIENCE_S)
         self.app.is_closing = True
         self.waiters.release()
         self._server.close(_CLOSE_S)
@@ -6798,25 +8623,35 @@ class Daemon:
         except ConfigError as error:
             for problem in error.problems:
                 self.log.write("error", "reload_failed", str(problem))
-            self.publish(Trouble("the new configuration is not taken; the old one stays in force"))
+            self.publish(Reloaded(False, "the new configuration is not taken; the old one stays in force", now_ms()))
             return False
         before = self._current.config
         # New certificates are taken at once. Whether there is TLS at all is not: an address must not turn plain unnoticed.
         has_tls = loaded.tls is not None
         server = before.server._replace(tls=loaded.config.server.tls) if has_tls == (self._current.tls is not None) else before.server
         if (server, before.storage.data_dir) != (loaded.config.server, loaded.config.storage.data_dir):
-            self.publish(Trouble("changes of [server] and storage.data_dir need a restart; they are not in force yet"))
+            self.publish(Trouble("restart_needed", "changes of [server] and storage.data_dir need a restart; they are not in force yet"))
             loaded = loaded._replace(tls=loaded.tls if server is not before.server else self._current.tls, config=loaded.config._replace(
                 server=server, storage=loaded.config.storage._replace(data_dir=before.storage.data_dir)))
         self._take(loaded)
         self._tell_warnings()
-        self.publish(Noted("reloaded", f"configuration, secrets and certificates are read again, {self._count_services()}"))
+        self.publish(Reloaded(True, f"configuration, secrets and certificates are read again, {self._count_services()}", now_ms()))
         return True
 
     def _take(self, loaded: Current) -> None:
         self._current = loaded
-        self.log.set_up(loaded.config.logging.level, loaded.config.logging.format, loaded.keyring.masker)
+        self._set_up_watching()
         self.engine.wake(everyone=True)
+        self.notifier.wake()
+
+    def _set_up_watching(self) -> None:
+        """Have the log and the metrics follow what is in force."""
+        config, services = self._current.config, self._current.services.by_name
+        logging, rotation = config.logging, config.logging.rotation
+        files = LogFiles(logging.directory, rotation.max_size, rotation.max_files) if logging.directory else None
+        self.log.set_up(logging.level, logging.format, self._current.keyring.masker, files)
+        channels = channels_of(self._current.config.notifications, self._current.keyring.values)
+        self.metrics.expect(services, [channel.name for channel in channels])
 
     def _reload_secrets(self) -> None:
         problems: list[Problem] = []
@@ -6845,13 +8680,13 @@ class Daemon:
                     with self._reload_lock:
                         self._reload_secrets()
             except (HookshotError, OSError) as error:
-                self.publish(Trouble(f"keeping house failed and will be tried again: {error}"))
+                self.publish(Trouble("housekeeping_failed", f"keeping house failed and will be tried again: {error}"))
             except Exception as error:
                 self.publish(Broken("housekeeper", error))
 
 
 # === 22. CLIENT =======================================================================================================
-# Speaks to a Hookshot server: signs, sends, reads. Behind `deploy`, `status`, `history`, `logs`, `services`.
+# Speaks to a Hookshot server: signs, sends, reads. Behind `deploy`, `status`, `history`, `logs`, `services`, `watch`.
 #
 # 1. What a server answers is data from outside: control characters are made visible before a terminal sees them.
 # 2. A deploy carries an id of ours, so that sending it again after a broken connection can never run it twice.
@@ -6861,6 +8696,7 @@ _READ_TIMEOUT_S = 60.0
 # How long a follower keeps trying to reach a server that has gone: a restart takes seconds.
 _RECONNECT_S = 60.0
 _POLL_WAIT_S = 20
+_RECONNECT_PAUSE_S = 1.0
 # "Try again in a minute" may be over sooner, and asking costs nothing.
 _MAX_PAUSE_S = 10.0
 
@@ -6950,8 +8786,15 @@ class Client:
 
     def follow(self, deploy_id: str, last_event_id: str, timeout_s: float) -> Iterator[tuple[str, str, str]]:
         """Yield (event, id, data) of a deployment's log until its "end" event; event "" when nothing but time goes by."""
+        yield from self._events(f"/logs/{deploy_id}", last_event_id, timeout_s)
+
+    def follow_moves(self, last_event_id: str) -> Iterator[tuple[str, str, str]]:
+        """Yield (event, id, data) of every move from one on, or from now on; event "" when nothing but time goes by."""
+        yield from self._events("/events", last_event_id, _READ_TIMEOUT_S)
+
+    def _events(self, path: str, last_event_id: str, timeout_s: float) -> Iterator[tuple[str, str, str]]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": last_event_id}
-        with self._open("GET", f"/logs/{deploy_id}", b"", headers, min(_READ_TIMEOUT_S, timeout_s)) as response:
+        with self._open("GET", path, b"", headers, min(_READ_TIMEOUT_S, timeout_s)) as response:
             if response.status != 200:
                 self._document(response)
             event, event_id, found = "message", "", []
@@ -7045,6 +8888,35 @@ class Client:
         return Reply(response.status, document)
 
 
+class MoveStream:
+    """Reads GET /events in a thread of its own, for as long as the program lives; a server that is gone is waited for."""
+
+    def __init__(self, client: Client):
+        self._client = client
+        self.queue: queue.SimpleQueue[Mapping[str, Any] | HookshotError | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="moves", daemon=True).start()
+
+    def get(self, timeout_s: float | None) -> Mapping[str, Any] | HookshotError | None:
+        """Return the next move, why there is none, or None after `timeout_s` or when the server is reached again."""
+        try:
+            return self.queue.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def _read(self) -> None:
+        last_id = ""
+        while True:
+            try:
+                for event, event_id, data in self._client.follow_moves(last_id):
+                    last_id = event_id or last_id
+                    self.queue.put({**json.loads(data), "id": int(event_id)} if event == "deployment" else None)
+            except HookshotError as error:
+                self.queue.put(error)
+            except ValueError:
+                self.queue.put(HookshotError("unreachable", f"{self._client.url} sends events that cannot be read; is this a Hookshot server?"))
+            time.sleep(_RECONNECT_PAUSE_S)
+
+
 class ProgressLine:
     """The last line of a terminal: phase, step and time of what goes on. Nothing where stderr is no terminal."""
 
@@ -7134,7 +9006,8 @@ def follow_deployment(client: Client, deploy_id: str, body: bytes | None, line: 
                     break
                 if event:
                     last_id = event_id
-                    line.print(data)
+                    for text in data.split("\n"):
+                        line.print(text)
                 if time.monotonic() >= deadline:
                     return None
             time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
@@ -7171,6 +9044,8 @@ def wait_for_outcome(client: Client, body: bytes, deadline: float) -> Mapping[st
 # 2. Every failure is one plain sentence and an exit status from ERRORS; a trace only with --log-level debug.
 
 DEFAULT_CONFIG = "/etc/hookshot/config.toml"
+# Between two looks of `watch`, and how many moves it shows.
+_WATCH_TURN_S, _BOARD_MOVES = 1.0, 20
 # The deployment has ended, so its outcome is there to be asked for.
 _OUTCOME_PATIENCE_S = 60.0
 
@@ -7184,10 +9059,13 @@ def _print_json(document: object) -> None:
 
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    print("\n".join(_table_lines(headings, rows)))
+
+
+def _table_lines(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     texts = [[escape_controls("-" if cell is None else str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headings, *texts)]
-    for row in (headings, *texts):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (headings, *texts)]
 
 
 def _paths(args: argparse.Namespace) -> tuple[str, str]:
@@ -7238,7 +9116,8 @@ def validate(args: argparse.Namespace) -> int:
     # Only what could be read can be looked at further; the host is asked about every service that is right in itself.
     if not has_errors(problems):
         check_host(settings, config_path, services_path, os.environ, problems)
-        load_keyring(*settings, surroundings, config_path, problems)
+        keyring = load_keyring(*settings, surroundings, config_path, problems)
+        check_channels(settings.config.notifications, keyring.values, Place(config_path, "notifications", problems))
         load_tls(settings.config.server.tls, Place(config_path, "server.tls", problems))
     if args.json:
         _print_json({"valid": not has_errors(problems), "problems": [problem._asdict() for problem in problems]})
@@ -7522,6 +9401,79 @@ def services(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def watch(args: argparse.Namespace) -> int:
+    """Show services and running deployments as they change; where stdout is no terminal, a line for each move."""
+    client = _client(args)
+    client.get("/services")  # what is wrong with URL or token is said at once
+    moves = MoveStream(client)
+    if args.json or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        _print_moves(moves, is_json=args.json)
+    # The alternate screen: what was on the terminal before comes back.
+    print("\x1b[?1049h\x1b[?25l", end="")
+    try:
+        _show_board(client, moves)
+    finally:
+        print("\x1b[?25h\x1b[?1049l", end="", flush=True)
+    return EXIT_OK
+
+
+def _print_moves(moves: MoveStream, *, is_json: bool) -> NoReturn:
+    while True:
+        move = moves.get(None)
+        if isinstance(move, HookshotError):
+            _refuse_for_good(move)
+            _say(f"{move.sentence.partition(';')[0]}; trying again")
+        elif move:
+            print(json.dumps(move, ensure_ascii=False) if is_json else _describe_move(move), flush=True)
+
+
+def _refuse_for_good(error: HookshotError) -> None:
+    """Raise what no patience will mend."""
+    if error.name != "unreachable" and error.kind.exit != ERRORS["busy"].exit:
+        raise error
+
+
+def _describe_move(move: Mapping[str, Any]) -> str:
+    before = f"{move['previous_status']} -> " if move.get("previous_status") else ""
+    reason = f": {move['error'] or move['reason']}" if move.get("error") or move.get("reason") else ""
+    return escape_controls(f"{move['at']} {move['service']} {move['image']} {move['deploy_id']} {before}{move['status']}{reason}")
+
+
+def _show_board(client: Client, moves: MoveStream) -> NoReturn:
+    latest: collections.deque[str] = collections.deque(maxlen=_BOARD_MOVES)
+    problem: HookshotError | None = None
+    board: list[str] = []
+    while True:
+        try:
+            board, problem = _render_board(client), None
+        except HookshotError as error:
+            _refuse_for_good(error)
+            problem = error
+        width, height = shutil.get_terminal_size()
+        head = f"{client.url}  {render_time(now_ms())}  " + (problem.sentence if problem else "Ctrl-C ends this")
+        lines = [escape_controls(head), "", *board, "", *reversed(latest)]
+        print("\x1b[H" + "".join(clip(line, width - 1) + "\x1b[K\n" for line in lines[: height - 1]) + "\x1b[J", end="", flush=True)
+        move = moves.get(_WATCH_TURN_S)
+        while move is not None:
+            if not isinstance(move, HookshotError):
+                latest.append(_describe_move(move))
+            move = moves.get(0)
+
+
+def _render_board(client: Client) -> list[str]:
+    """Return the table of services and that of what has not ended."""
+    found, unfinished = client.get("/services")["services"], client.get("/deployments?unfinished=1&limit=200")["deployments"]
+    lines = _table_lines(("SERVICE", "HEALTH", "IMAGE", "LAST", "ENDED", "WAITING", "RUNNING"), [
+        (entry["name"], entry["health"], entry["current_image"], entry["last_deploy"] and entry["last_deploy"]["status"],
+         entry["last_deploy"] and entry["last_deploy"]["completed_at"], entry["queue"]["pending"], entry["queue"]["active"]) for entry in found])
+    if unfinished:
+        lines += ["", *_table_lines(("DEPLOYMENT", "SERVICE", "IMAGE", "STATUS", "NOW", "STEP", "SINCE"), [
+            (entry["deploy_id"], entry["service"], entry["image"], entry["status"], entry["progress"]["current_step"],
+             f"{entry['progress']['steps_completed'] + 1} of {entry['progress']['steps_total']}" if entry["progress"]["current_step"] else None,
+             entry["started_at"] or entry["queued_at"]) for entry in reversed(unfinished)])]
+    return lines
+
+
 def sign_body(args: argparse.Namespace) -> int:
     """Print the signature headers of a file or of standard input, for curl -H."""
     try:
@@ -7535,6 +9487,32 @@ def sign_body(args: argparse.Namespace) -> int:
     headers = sign_webhook(client.key, body, new_message_id(), now_ms() // 1000) if args.timestamp else {"X-Hub-Signature-256": sign(client.key, body)}
     print("\n".join(f"{name}: {value}" for name, value in headers.items()))
     return EXIT_OK
+
+
+def notify_test(args: argparse.Namespace) -> int:
+    """Send a sample through one channel, from here, and say what became of it."""
+    config_path, services_path = _paths(args)
+    problems: list[Problem] = []
+    settings = read_settings(config_path, services_path, problems)
+    surroundings = SecretSurroundings.take(os.environ, settings.config.secrets.secret_prefix or "HOOKSHOT_")
+    if not has_errors(problems):
+        keyring = load_keyring(*settings, surroundings, config_path, problems)
+        notifications = settings.config.notifications._replace(enabled=True)
+        check_channels(notifications, keyring.values, Place(config_path, "notifications", problems))
+    if has_errors(problems):
+        raise ConfigError(problems)
+    channels = {channel.name: channel for channel in channels_of(notifications, keyring.values)}
+    if args.channel not in channels:
+        raise HookshotError("usage", f"there is no channel {clip(escape_controls(args.channel), 64)}{nearest(args.channel, channels)}; "
+                                     f"{config_path} has {', '.join(channels) or 'none'}")
+    attempt = send_notice(sample_notice(), channels[args.channel], new_message_id(), os.environ)
+    if args.json:
+        _print_json({"channel": args.channel, "outcome": attempt.outcome, "answer": attempt.words})
+    else:
+        print(f"{args.channel}: {'delivered' if attempt.outcome == 'delivered' else 'not delivered'} ({attempt.words})")
+    if not settings.config.notifications.enabled:
+        _say("notifications.enabled is false: the server sends nothing")
+    return EXIT_OK if attempt.outcome == "delivered" else ERRORS["unreachable"].exit
 
 
 # --- demo
@@ -7663,6 +9641,9 @@ COMMANDS: dict[str, CliCommand] = {
         _argument("id", metavar="ID"), *_TO_SERVER, _argument("-f", "--follow", action="store_true", help="until the deployment ends"),
         _argument("--tail", type=_number(0, MAX_TAIL_LINES), metavar="N", help="only the last N lines"))),
     "services": CliCommand(services, "list the services and how they are", (*_TO_SERVER, _JSON)),
+    "watch": CliCommand(watch, "show services and running deployments as they change", (*_TO_SERVER, _JSON)),
+    "notify-test": CliCommand(notify_test, "send a sample notice through a channel and show what the receiver answered", (
+        _argument("channel", metavar="CHANNEL"), _JSON)),
     "sign": CliCommand(sign_body, "print the signature header of a body, for curl -H", (_argument("file", nargs="?", default="-", metavar="FILE", help="file to sign (default: -, standard input)"),
         _argument("--timestamp", action="store_true", help="the three headers of Standard Webhooks, good for security.replay_window"), *_TO_SERVER)),
 }

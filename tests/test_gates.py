@@ -182,8 +182,8 @@ def test_every_route_lets_in_whom_its_gate_says(guarded, credential, place):
     query = QUERY if credential == "in the query" else ""
     with connected(host.port) as link:
         for route, is_head in itertools.product(hookshot.ROUTES, (False, True)):
-            if is_head and route.method != "GET":
-                continue
+            if is_head and route.method != "GET" or (not is_head and route.pattern == "/events"):
+                continue  # GET /events has no end; tests/test_events.py asks it for its credential
             path = "/".join(names[part] if part.startswith("{") else part for part in route.pattern.split("/"))
             body = body_of("app:1", metadata={"n": next(SERIAL)}) if route.method == "POST" else None
             before = count(host), count(host, "messages")

@@ -172,7 +172,7 @@ PURE_SECTIONS = {"ERRORS", "VALUES", "TEMPLATES", "CONFIG", "WIRE", "LIFECYCLE",
 
 # What computes and touches nothing; free for every section.
 PURE = {
-    "base64", "collections", "contextlib", "difflib", "enum", "functools", "hashlib", "hmac.HMAC", "hmac.digest", "hmac.new", "ipaddress", "itertools",
+    "base64", "bisect", "collections", "contextlib", "difflib", "email.message", "email.utils", "enum", "functools", "hashlib", "hmac.HMAC", "hmac.digest", "hmac.new", "ipaddress", "itertools",
     "json", "os.strerror", "os.path.basename", "os.path.dirname", "os.path.join", "queue.Empty", "re", "shlex", "signal.Signals", "stat",
     "sys.version_info", "time.gmtime", "time.strftime", "tomllib", "traceback", "typing", "urllib.parse", "zlib"}
 
@@ -180,13 +180,13 @@ PURE = {
 CONFINED = {
     "argparse": "CLI",
     "ctypes": "WORLD",
-    "errno": "SERVER DAEMON CLI",
+    "errno": "LOG NOTIFY SERVER DAEMON CLI",
     "fcntl": "WORLD",
     "gc": "DAEMON",
     "grp": "WORLD",
     "hmac.compare_digest": "WIRE API",
     "http.HTTPStatus": "SERVER",
-    "http.client": "RUN CLIENT",
+    "http.client": "RUN NOTIFY CLIENT",
     "http.server": "SERVER",
     "open": "WORLD SECRETS API SERVER CLI",
     # Reading what the file system says, and the descriptors of its own.
@@ -199,30 +199,32 @@ CONFINED = {
     "os.open": "WORLD LOG SECRETS RUN CLI",
     "os.setpriority": "RUN",
     "os.umask": "DAEMON",
-    "os.unlink": "STORE SERVER",
+    "os.unlink": "LOG STORE SERVER",
     "print": "CLIENT CLI",
     "pwd": "WORLD",
-    "queue": "STORE",
+    "queue": "STORE CLIENT",
     "secrets": "WORLD",
-    "resource": "DAEMON",
+    "resource": "WORLD DAEMON",
     "select": "LOG RUN SERVER DAEMON",
     "selectors": "SERVER",
-    "shutil": "DAEMON CLIENT",
+    "shutil": "DAEMON CLIENT CLI",
     "signal": "WORLD RUN DAEMON CLI",
     "signal.signal": "DAEMON",
     "signal.set_wakeup_fd": "DAEMON",
-    "socket": "RUN SERVER CLIENT",
+    "smtplib": "NOTIFY",
+    "socket": "RUN NOTIFY SERVER CLIENT",
     "sqlite3": "STORE",
-    "sqlite3.sqlite_version": "CLI",
-    "ssl": "SERVER CLIENT",
-    "subprocess": "SECRETS RUN",
+    "sqlite3.sqlite_version": "API CLI",
+    "ssl": "NOTIFY SERVER CLIENT",
+    "subprocess": "SECRETS RUN NOTIFY",
     "sys": "SERVER CLIENT CLI ASSETS",
     "tempfile": "CLI",
-    "threading": "LOG STORE ENGINE API DAEMON CLIENT",
+    "threading": "METRICS LOG STORE NOTIFY ENGINE API DAEMON CLIENT",
     "threading.Thread": "RUN ENGINE DAEMON CLIENT",
     "time.CLOCK_BOOTTIME": "WORLD",
     "time.clock_gettime": "WORLD",
-    "time.monotonic": "WORLD RUN ENGINE API SERVER DAEMON CLIENT CLI",
+    "time.clock_gettime_ns": "WORLD",
+    "time.monotonic": "WORLD RUN NOTIFY ENGINE API SERVER DAEMON CLIENT CLI",
     "time.sleep": "WORLD SERVER CLIENT",
     "time.time_ns": "WORLD"}
 
@@ -292,7 +294,7 @@ def test_sql_is_written_in_store_alone():
 
 
 def test_nothing_from_outside_is_formatted_into_sql():
-    ours = {"_ACTIVE_SQL", "_COLUMNS", "_STATES_SQL", "_TERMINAL_SQL", "clause", "column", "number", "script", "synchronous"}
+    ours = {"_ACTIVE_SQL", "_COLUMNS", "_MOVE_COLUMNS", "_STATES_SQL", "_TERMINAL_SQL", "clause", "column", "number", "script", "synchronous"}
     store = next(section.tree for section in SECTIONS if section.name == "STORE")
     inserted = {ast.unparse(value.value) for call in ast.walk(store) if isinstance(call, ast.Call)
                 and isinstance(call.func, ast.Attribute) and call.func.attr.startswith("execute")
@@ -332,7 +334,7 @@ def test_secrets_are_compared_in_constant_time():
 
 # Where work goes on after a bug that no one foresaw; each of them tells it.
 BOUNDARIES = {"Store._carry_out_one", "_Job.carry_out", "Engine._work", "begin", "dispatch", "_Connection._answer_one", "_Connection._go_on",
-              "HttpServer.serve", "Daemon.reload", "Daemon._keep_house", "main"}
+              "EventFeed.run", "HttpServer.serve", "Notifier.run", "Daemon.reload", "Daemon._keep_house", "main"}
 # Where something must be undone whatever happens; each of them raises again.
 CLEAN_UPS = {"Store._migrate", "Store._carry_out", "_spawn_nicely.start", "run_command"}
 
@@ -385,8 +387,8 @@ def test_imports_are_of_the_standard_library_and_used():
 
 
 def test_every_definition_is_used():
-    """Neither dead code nor a dead constant; what only the archive or a test calls is named here."""
-    entry_points = {"main"}
+    """Neither dead code nor a dead constant; what only the archive, the docs or a test use is named here."""
+    entry_points = {"main", "LOG_EVENTS"}
     mentioned = collections.Counter(node.id for node in ast.walk(TREE) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
     mentioned += collections.Counter(name.id for tree in text_annotations(TREE) for name in ast.walk(tree) if isinstance(name, ast.Name))
     assert {name for name in OWNER if not mentioned[name]} - entry_points == set()
@@ -403,7 +405,7 @@ def keys_of(table: type) -> Iterator[tuple[str, hookshot.Key]]:
             yield f"{table.__name__}.{name}", field
 
 
-KEYS = [pair for table in (hookshot.Config, hookshot.Service, hookshot.Defaults, hookshot.CommandSpec, hookshot.HttpProbe)
+KEYS = [pair for table in (hookshot.Config, hookshot.Channel, hookshot.Service, hookshot.Defaults, hookshot.CommandSpec, hookshot.HttpProbe)
         for pair in keys_of(table)]
 
 
@@ -459,6 +461,35 @@ def test_every_option_of_the_command_line_has_its_line_of_help():
               if names[0].startswith("-") and not options.get("help")]
     assert silent == []
     assert all(row.help for row in hookshot.COMMANDS.values())
+
+
+def test_every_line_of_the_log_has_a_name_of_the_table_and_every_name_a_line():
+    """A name is the first argument of Noted and Trouble, the second of Log.write; notices say it as notice_<outcome>."""
+    named = set()
+    for _, call in enclosing(ast.Call):
+        function, arguments = ast.unparse(call.func), [node.value for node in call.args if isinstance(node, ast.Constant)]
+        if function in ("Noted", "Trouble"):
+            named.add(arguments[0])
+        elif function.endswith(("log.write", "style.render")) and len(arguments) >= 2:
+            named.add(arguments[1])
+    named |= {f"notice_{outcome}" for outcome in hookshot._LEVEL_OF_OUTCOME} | {"deploy_accepted", "deploy_repeated", "deploy_moved", "command_ended",
+                                                                                "reloaded", "reload_failed"}
+    assert named == hookshot.LOG_EVENTS.keys()
+
+
+def test_labels_of_metrics_are_named_alike_and_every_metric_is_given_somewhere():
+    texts = collections.Counter(node.value for node in ast.walk(TREE) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    assert [name for name in hookshot.METRICS if texts[name] < 2] == []
+    assert all(metric.doc.endswith(".") and metric.kind in ("counter", "gauge", "histogram") for metric in hookshot.METRICS.values())
+    assert all((metric.kind == "histogram") == bool(metric.bounds) and sorted(metric.bounds) == list(metric.bounds) for metric in hookshot.METRICS.values())
+    assert {name for name, metric in hookshot.METRICS.items() if (metric.kind == "counter") != name.endswith("_total")} == set()
+
+
+def test_what_is_told_is_what_can_happen():
+    assert set(hookshot.NOTICE_EVENTS) == {"started", *hookshot.COUNT_OF_STATE.values()}
+    assert {*hookshot.NOTICE_EVENTS, "test"} == hookshot._HEADLINES.keys() == hookshot._COLOURS.keys() == hookshot._PRIORITIES_OF_EVENTS.keys()
+    used = {name for kind in hookshot.CHANNEL_TYPES.values() for name in (*kind.required, *kind.optional)}
+    assert {*used, *hookshot._COMMON_CHANNEL_KEYS} == set(hookshot.Channel._fields)
 
 
 # --- the repository

@@ -128,9 +128,3 @@ def test_a_new_deployment_is_queued_and_remembers_its_request():
 @pytest.mark.parametrize("state", State)
 def test_a_deployment_knows_whether_it_ended(state):
     assert new()[0]._replace(state=state).is_terminal == (state in TERMINAL)
-
-
-@pytest.mark.parametrize("started, waited", [(None, None), (1000, 0), (4000, 3000), (500, 0)])
-def test_the_time_in_the_queue_is_never_negative(started, waited):
-    """A clock that was set back gives 0."""
-    assert new()[0]._replace(started_ms=started).queue_ms == waited

@@ -189,7 +189,15 @@ EVENTS = {
     "bad command": (hookshot.CommandEnded(deployment(), result(status="failed", exit_code=3)), "warning"),
     "refused": (hookshot.Refused("req-1", "192.0.2.7", "POST", "/deploy", "VALIDATION_ERROR", "no"), "warning"),
     "broken": (hookshot.Broken("worker-1", ValueError("why")), "error"),
-    "trouble": (hookshot.Trouble("the disk is full"), "error"),
+    "broken deployment": (hookshot.Broken("deployment", ValueError("why"), "req-1", "d-1"), "error"),
+    "trouble": (hookshot.Trouble("queue_unreadable", "the disk is full"), "error"),
+    "trouble of a deployment": (hookshot.Trouble("record_waiting", "the disk is full", "d-1"), "error"),
+    "reloaded": (hookshot.Reloaded(True, "read again", 0), "info"),
+    "not reloaded": (hookshot.Reloaded(False, "not read again", 0), "error"),
+    "delivered": (hookshot.Notified("chat", "delivered", "d-1", "msg_1", "told chat"), "debug"),
+    "retried": (hookshot.Notified("chat", "retried", "d-1", "msg_1", "could not tell chat"), "warning"),
+    "given up": (hookshot.Notified("chat", "expired", "d-1", "msg_1", "could not tell chat"), "error"),
+    "notice refused": (hookshot.Notified("chat", "refused", "d-1", "msg_1", "could not tell chat"), "error"),
     "noted": (hookshot.Noted("started", "hookshot listens"), "info"),
 }
 
@@ -201,7 +209,10 @@ def test_every_event_is_one_line_of_its_level(tmp_path, name):
         hookshot.log_event(log, event)
     (line,) = lines_of(tmp_path / "log")
     assert line["level"] == level and line["message"]
-    assert line.get("deploy_id") == (event.deployment.deploy_id if hasattr(event, "deployment") else None)
+    assert line["event"] in hookshot.LOG_EVENTS
+    assert line.get("deploy_id") == (event.deployment.deploy_id if hasattr(event, "deployment") else getattr(event, "deploy_id", None))
+    if hasattr(event, "deployment") or hasattr(event, "request_id"):
+        assert line.get("request_id") == (event.deployment.trigger.request_id if hasattr(event, "deployment") else event.request_id)
 
 
 @pytest.mark.parametrize("name", EVENTS)

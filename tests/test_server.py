@@ -891,7 +891,7 @@ def busy(tmp_path_factory):
 
 @pytest.mark.parametrize("path",
                          [re.sub(r"\{name\}", "web",
-                                 re.sub(r"\{id\}", "big", route.pattern)) for route in hookshot.ROUTES if route.method == "GET"])
+                                 re.sub(r"\{id\}", "big", route.pattern)) for route in hookshot.ROUTES if route.method == "GET" and route.pattern != "/events"])
 @pytest.mark.parametrize("end", ["", "/nothing"])
 def test_head_of_every_route_has_the_length_of_get_and_no_body(busy, path, end):
     def agree():

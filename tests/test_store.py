@@ -93,7 +93,7 @@ def ask(folder, sql: str, *values):
 
 @contextlib.contextmanager
 def opened(folder):
-    store = Store(str(folder))
+    store = Store(str(folder), clock=lambda: None)
     try:
         yield store
     finally:
@@ -504,7 +504,7 @@ import os, sys
 sys.path[:0] = {paths!r}
 import test_store as t
 from hookshot import *
-store = Store({folder!r})
+store = Store({folder!r}, clock=lambda: None)
 def mark(text): os.write(1, b"MARK %s\\n" % text.encode())
 """
 
@@ -651,7 +651,7 @@ def test_statistics_are_true_at_every_moment_and_outlive_the_history(store):
     for number in range(60):
         state = chance.choice(list(WAYS))
         ended = deploy(store, state=state, image=f"app:{number}", previous_image="app:old", at_ms=3000 + number)
-        expected[hookshot._COUNT_OF_STATE[state]] += 1
+        expected[hookshot.COUNT_OF_STATE[state]] += 1
         expected["duration_ms"] += 500 * (state is not State.CANCELLED)
         current = {State.SUCCEEDED: ended.image, State.ROLLED_BACK: "app:old"}.get(state, current)
         failed_ms = ended.completed_ms if state in (State.FAILED, State.ROLLED_BACK, State.ROLLBACK_FAILED) else failed_ms
