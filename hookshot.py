@@ -1410,9 +1410,6 @@ def _check_notifications(notifications: Notifications, place: Place) -> None:
     names = [channel.name for channel in notifications.channel or () if channel]
     for name in {name for name in names if name and names.count(name) > 1}:
         (place / "channel").problem(f"two channels are named {name}")
-    has_any = bool(names) or any(notifications.webhook[:3]) or bool(notifications.webhook.use_secrets)
-    if bool(notifications.enabled) != has_any and not place.problems:
-        (place / "enabled").warning("is false, so nothing is sent" if has_any else "is true, but there is no channel")
 
 
 def load_services(text: str, file: str, config: Config, problems: list[Problem]) -> Services:
@@ -5143,7 +5140,10 @@ def webhook_channels(webhook: NoticeWebhook, secrets_by_name: Mapping[str, bytes
 
 def check_channels(notifications: Notifications, secrets_by_name: Mapping[str, bytes], place: Place) -> None:
     """Add what is wrong with channels now that their secrets are known; no message has a URL or a token in it."""
-    for channel in channels_of(notifications, secrets_by_name):
+    channels = channels_of(notifications._replace(enabled=True), secrets_by_name)
+    if notifications.enabled != bool(channels):
+        (place / "enabled").warning("is false, so nothing is sent" if channels else "is true, but there is no channel")
+    for channel in channels if notifications.enabled else ():
         where = place._replace(path=f'{place.path}: channel "{channel.name}"')
         if channel.url and not _URL.fullmatch(channel.url):
             where.problem("its URL is not a plain http:// or https:// URL")

@@ -459,18 +459,26 @@ def test_an_unreadable_tail_is_refused(host, talked, tail):
 
 
 def events_of(body: bytes) -> list[dict[str, str]]:
-    return [dict(line.partition(": ")[::2] for line in event.split("\n")) for event in body.decode().strip("\n").split("\n\n")]
+    """Return the fields of each event, several lines of data joined as a browser joins them."""
+    events = []
+    for text in body.decode().strip("\n").split("\n\n"):
+        event: dict[str, str] = {}
+        for name, _, value in (line.partition(": ") for line in text.split("\n")):
+            event[name] = f"{event[name]}\n{value}" if name in event else value
+        events.append(event)
+    return events
 
 
 def test_server_sent_events_have_ids_to_resume_from_and_an_end(host, talked):
     deploy_id, log = talked
     path, accept = f"/logs/{deploy_id}", {"Accept": "text/event-stream"}
-    *lines, end = events_of(host.get(path, **accept).body)
-    assert [event["data"] for event in lines] == log.splitlines()
+    *blocks, end = events_of(host.get(path, **accept).body)
+    assert "\n".join(event["data"] for event in blocks) == log.rstrip("\n") and int(blocks[-1]["id"]) == len(log.encode())
     assert end["event"] == "end" and json.loads(end["data"]) == {"deploy_id": deploy_id, "status": "Succeeded", "error": None}
-    for number, event in enumerate(lines):
-        rest = events_of(host.get(path, **accept, **{"Last-Event-ID": event["id"]}).body)
-        assert [event["data"] for event in rest[:-1]] == log.splitlines()[number + 1 :]
+    content = log.encode()
+    for position in [index + 1 for index, byte in enumerate(content) if byte == 0x0A]:
+        *rest, _ = events_of(host.get(path, **accept, **{"Last-Event-ID": str(position)}).body)
+        assert "\n".join(event["data"] for event in rest) == content[position:].decode().rstrip("\n")
 
 
 @pytest.mark.parametrize("headers, path", [({}, "?follow=1"), ({"Accept": "text/event-stream"}, "")])

@@ -129,6 +129,9 @@ CONFIG_KEYS = {
     "storage.retention.log_days": (90, 7, 7),
     "logging.level": ("info", "debug", "debug"),
     "logging.format": ("json", "pretty", "pretty"),
+    "logging.directory": ("", "/var/log/hookshot", "/var/log/hookshot"),
+    "logging.rotation.max_size": (100 << 20, "1MB", 1 << 20),
+    "logging.rotation.max_files": (10, 3, 3),
     "limits.max_concurrent_total": (10, 1000, 1000),
     "limits.max_concurrent_per_service": (1, 100, 100),
     "limits.max_queue_per_service": (20, 3, 3),
@@ -136,6 +139,8 @@ CONFIG_KEYS = {
     "limits.command_timeout": (300, "90s", 90),
     "limits.lock_timeout": (3600, "2h", 7200),
     "limits.max_output": (10 << 20, "1MB", 1 << 20),
+    "monitoring.metrics_enabled": (True, False, False),
+    "monitoring.metrics_path": ("/metrics", "/prometheus", "/prometheus"),
     "monitoring.health_path": ("/health", "/healthz", "/healthz"),
     "monitoring.status_cache_seconds": (10, 1, 1),
     "secrets.source": ("auto", ["file", "env"], ["file", "env"]),
@@ -145,6 +150,19 @@ CONFIG_KEYS = {
     "secrets.reload_interval": (300, 0, 0),
     "secrets.secret_prefix": ("HOOKSHOT_", "ACME_", "ACME_"),
     "secrets.command": ([], ["age", "-d", "x"], ["age", "-d", "x"]),
+    "notifications.enabled": (False, True, True),
+    "notifications.retry_for": (86400, "2h", 7200),
+    "notifications.channel": ([], [{"name": "mine", "type": "exec", "command": ["true"]}], [[
+        "mine", "exec", ["succeeded", "failed", "rolled_back", "rollback_failed", "cancelled"], [], False, 15, "", "auto", "", "", "", "", "starttls",
+        "", "", "", [], ["true"], False]]),
+    "notifications.webhook.on_failure": ("", "secret:hook", "secret:hook"),
+    "notifications.webhook.on_rollback": ("", "https://example.net/a", "https://example.net/a"),
+    "notifications.webhook.on_success": ("", "https://example.net/b", "https://example.net/b"),
+    "notifications.webhook.timeout": (5, "10s", 10),
+    "notifications.webhook.use_secrets": (False, True, True),
+    "notifications.webhook.format": ("auto", "slack", "slack"),
+    "notifications.webhook.signing_key": ("", "secret:notify", "secret:notify"),
+    "notifications.webhook.allow_private": (False, True, True),
 }
 ONE, TWO = [["true"]], [["true"], ["echo", "{{IMAGE}}"]]
 SERVICE_KEYS = {
@@ -375,7 +393,8 @@ CONFIG_RANGES = {
     "limits.max_concurrent_per_service": (1, 100), "limits.max_queue_per_service": (1, None),
     "limits.deployment_timeout": (1, None),
     "limits.command_timeout": (1, None), "limits.lock_timeout": (1, None), "limits.max_output": (64 << 10, None),
-    "monitoring.status_cache_seconds": (0, None),
+    "monitoring.status_cache_seconds": (0, None), "logging.rotation.max_size": (64 << 10, None), "logging.rotation.max_files": (1, 1000),
+    "notifications.retry_for": (60, None), "notifications.webhook.timeout": (1, 60),
     "secrets.reload_interval": (0, None),
 }
 SERVICE_RANGES = {
@@ -686,10 +705,7 @@ def test_values_as_arguments_are_what_placeholders_are_for(argv):
 
 # --- unknown keys
 
-LATER_CONFIG_KEYS = ["logging.directory",
-                     "logging.rotation",
-                     "logging.rotation.max_size", "monitoring.metrics_enabled", "monitoring.metrics_path", "notifications",
-                     "notifications.enabled"]
+LATER_CONFIG_KEYS = ["server.workers", "freeze"]
 LATER_SERVICE_KEYS = ["github", "gitlab", "gitea", "bitbucket", "registry", "oidc", "guard", "current", "poll",
                       "healthcheck.bake"]
 

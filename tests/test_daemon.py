@@ -261,7 +261,7 @@ def test_a_changed_address_waits_for_a_restart_and_says_so(tmp_path):
     with running(tmp_path, service()) as host:
         host.write(service(), "[server]\nworker_threads = 2\n")
         reload(host)
-        assert any("restart" in line["message"] for line in events(host, "trouble"))
+        assert any("restart" in line["message"] for line in events(host, "restart_needed"))
         assert host.get("/health").json["deployment_queue"]["workers"] == 4
 
 

@@ -394,7 +394,7 @@ def test_a_changed_list_waits_for_a_restart_and_says_so(tmp_path):
         host.write(service() + service(name="api"), listen("127.0.0.1:0", f"unix:{tmp_path}/socket"))
         host.process.send_signal(signal.SIGHUP)
         wait_until(lambda: events(host, "reloaded"))
-        assert any("restart" in line["message"] for line in events(host, "trouble"))
+        assert any("restart" in line["message"] for line in events(host, "restart_needed"))
         assert not (tmp_path / "socket").exists() and ask(host.urls[0], path="/services/api").status == 200
         host.stop()
         host.start()

@@ -665,9 +665,9 @@ def test_statistics_are_true_at_every_moment_and_outlive_the_history(store):
 def test_a_service_that_never_deployed_has_zeros(store):
     submit(store, "api")
     assert store.service_record("web") == hookshot.ServiceRecord("web")
-    assert store.known_services() == ()
+    assert store.service_records() == ()
     end(store, claim(store))
-    assert store.known_services() == ("api",)
+    assert [record.name for record in store.service_records()] == ["api"]
 
 
 def test_queue_counts_are_by_service(store):
@@ -800,7 +800,11 @@ def test_every_statement_is_one_that_later_pythons_take_too(tmp_path):
         submit(store), submit(store, on_busy="replace")
         store.note_progress(claim(store), [(1, result())])
         store.expire(10**9, lock_timeout_s=1), store.prune("web", hookshot.Retention(1, 1, 1)), store.unfinished()
-        history(store), moves_of(store, made), results_of(store, made), store.service_record("web"), store.known_services(), store.queue_counts()
+        history(store), moves_of(store, made), results_of(store, made), store.service_record("web"), store.queue_counts()
+        store.tallies(), store.moves_after(store.last_move() - 1, 10), store.marks()
+        store.enqueue([hookshot.Outgoing(0, "chat", made.seq, "msg_1", "[]", 0, None)], {"notified": "1"})
+        (notice,) = store.next_notices("chat", 1)
+        store.count_attempt(notice.id), store.take_notice(notice.id), store.drop_channel("chat"), store.outbox_counts()
 
 
 # --- when the disk or the file fails

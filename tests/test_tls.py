@@ -636,7 +636,7 @@ def test_sighup_takes_a_new_certificate_and_leaves_open_connections_alone(tmp_pa
         shutil.copy(certificates.renewed_key, tmp_path / "key.pem")
         assert shown(host) == der(certificates.server)
         reload(host)
-        assert shown(host) == der(certificates.renewed) and not events(host, "trouble")
+        assert shown(host) == der(certificates.renewed) and not events(host, "restart_needed")
         old.sendall(get(b"/services", CLOSE))
         assert read_to_end(old).startswith(b"HTTP/1.1 200 ")
 
@@ -670,7 +670,7 @@ def test_sighup_does_not_turn_an_address_plain(tmp_path, certificates):
         assert host.config.read_text() != text
         reload(host)
         assert shown(host) == der(certificates.server)
-        assert "need a restart" in events(host, "trouble")[-1]["message"]
+        assert "need a restart" in events(host, "restart_needed")[-1]["message"]
 
 
 def break_mismatch(folder, certificates):
