@@ -935,7 +935,7 @@ class Storage(NamedTuple):
 class Rotation(NamedTuple):
     """[logging.rotation]"""
 
-    max_size: int = key("100MB", _size(64 << 10, 1 << 40), "size at which a new file is begun")
+    max_size: int = key("100MB", _size(64 << 10, 100 << 30), "size at which a new file is begun")
     max_files: int = key(10, _integer(1, 1000), "files kept, the one that is written to among them")
 
 
@@ -3571,8 +3571,6 @@ _BUSY_TIMEOUT_S = 5.0
 _IDLE_READERS = 4
 # Waiting deployments that are looked at in one turn, the oldest first.
 _EXPIRY_BATCH = 1000
-# Notices that one channel may have waiting: a receiver that is gone for good must not fill the disk.
-_MAX_OUTBOX = 10_000
 # Senders of Standard Webhooks try again for days, with the same id and a new timestamp. Beyond that number the oldest
 # are forgotten sooner, but not before their timestamps, at most a day ahead (security.replay_window), cannot pass any more.
 _MESSAGES_KEPT_MS = 7 * 86_400_000
@@ -4102,16 +4100,20 @@ class Store:
         with self._reader() as db:
             return dict(db.execute("SELECT name, value FROM marks").fetchall())
 
-    def enqueue(self, notices: Sequence[Outgoing], marks: Mapping[str, str]) -> int:
-        """Put notices into the outbox and set marks, in one transaction; return how many old ones had to give way."""
-        def work(db: sqlite3.Connection) -> int:
+    def enqueue(self, notices: Sequence[Outgoing], marks: Mapping[str, str]) -> None:
+        """Put notices into the outbox and set marks, in one transaction."""
+        def work(db: sqlite3.Connection) -> None:
             db.executemany("INSERT INTO outbox (channel, seq, message_id, notice, created_ms, clock, attempts) VALUES (?, ?, ?, ?, ?, ?, ?)",
                            [notice[1:] for notice in notices])
             db.executemany("INSERT INTO marks (name, value) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value=excluded.value", [*marks.items()])
-            return sum(db.execute("DELETE FROM outbox WHERE channel=? AND id <= (SELECT id FROM outbox WHERE channel=? ORDER BY id DESC "
-                                  "LIMIT 1 OFFSET ?)", (channel, channel, _MAX_OUTBOX)).rowcount for channel in {notice.channel for notice in notices})
 
-        return self._write(work, durable=False)
+        self._write(work, durable=False)
+
+    def trim_outbox(self, channel: str, keep: int) -> int:
+        """Remove the oldest notices of a channel but for `keep`; return how many."""
+        return self._write(lambda db: db.execute(
+            "DELETE FROM outbox WHERE channel=? AND id <= (SELECT id FROM outbox WHERE channel=? ORDER BY id DESC LIMIT 1 OFFSET ?)",
+            (channel, channel, keep)).rowcount, durable=False)
 
     def next_notices(self, channel: str, limit: int) -> tuple[Outgoing, ...]:
         """Return the oldest notice of each deployment that waits for a channel, oldest first: those behind it must wait."""
@@ -4906,6 +4908,10 @@ _MAX_RETRY_AFTER_S = 3600.0
 _MOVES_PAGE, _HEADS = 200, 200
 _SHUTDOWN_S = 2.0
 _IDLE_NOTIFIER_S = 60.0
+# Moves of this time become notices together: a transaction for each would slow deployments down.
+_GATHER_S = 0.1
+# Notices that one channel may have waiting: a receiver that is gone for good must not fill the disk.
+_MAX_OUTBOX = 10_000
 # What is told of an error: the start of it says most, and chats take a few thousand characters in all.
 _ERROR_CHARS = 1000
 # The mark up to which moves have become notices; empty while notifications are off, so that turning them on tells no history.
@@ -5366,8 +5372,12 @@ class Notifier:
         """`read` returns what is in force: the configuration and the secrets."""
         self._store, self._read, self._publish, self._environ = store, read, publish, dict(environ)
         self._host = socket.gethostname()
-        self._news = threading.Event()
-        self._stop_at: float | None = None
+        self._news, self._is_stopping = threading.Event(), threading.Event()
+        self._stop_at = float("inf")
+        # Whether there are moves that have not become notices, and before when nobody looks.
+        self._is_behind, self._collect_at = True, 0.0
+        # How many notices wait, by channel.
+        self._pending: collections.Counter[str] = collections.Counter()
         self._marks: dict[str, str] | None = None
         self._known: tuple[Any, Any] = (None, None)
         self._channels: dict[str, Channel] = {}
@@ -5380,15 +5390,18 @@ class Notifier:
     def note(self, event: Event) -> None:
         """Take notice of a move."""
         if isinstance(event, Moved) and self._channels:
+            self._is_behind = True
             self._news.set()
 
     def wake(self) -> None:
         """Look at the configuration and the outbox now."""
+        self._is_behind = True
         self._news.set()
 
     def stop(self) -> None:
         """End run() soon: what is due is still sent, as far as a moment suffices."""
         self._stop_at = time.monotonic() + _SHUTDOWN_S
+        self._is_stopping.set()
         self._news.set()
 
     def run(self) -> None:
@@ -5398,23 +5411,27 @@ class Notifier:
                 wait_s = self.turn(time.monotonic())
             except HookshotError as error:
                 self._publish(Trouble("notices_failed", f"notices wait: {error.sentence}"))
-                wait_s = 1.0
+                self._is_behind, wait_s = True, 1.0
             except Exception as error:
                 self._publish(Broken("notifier", error))
-                wait_s = 5.0
-            if self._stop_at is not None and (wait_s > 0 or time.monotonic() >= self._stop_at):
+                self._is_behind, wait_s = True, 5.0
+            if time.monotonic() >= self._stop_at or (self._is_stopping.is_set() and wait_s > 0):
                 return
-            if self._news.wait(wait_s):
+            if self._is_behind:
+                self._is_stopping.wait(wait_s)
+            elif self._news.wait(wait_s):
                 self._news.clear()
 
     def turn(self, now: float) -> float:
         """Make notices of new moves, try one notice of each channel; return the seconds until there is something to do."""
         self._take_configuration()
-        self._collect()
+        if self._is_behind and (now >= self._collect_at or self._is_stopping.is_set()):
+            self._is_behind, self._collect_at = False, now + _GATHER_S
+            self._collect()
         for number in tuple(self._done):
             self._store.take_notice(number)
             self._done.discard(number)
-        wait_s = _IDLE_NOTIFIER_S
+        wait_s = self._collect_at - now if self._is_behind else _IDLE_NOTIFIER_S
         for channel in self._channels.values():
             wait_s = min(wait_s, self._turn_of(channel, now))
         return max(0.0, wait_s)
@@ -5433,8 +5450,10 @@ class Notifier:
             self._mark({_CURSOR: ""})
         elif channels and not self._marks.get(_CURSOR):
             self._mark({_CURSOR: str(self._store.last_move())})
-        for name, number in self._store.outbox_counts().items():
+        self._pending = collections.Counter(self._store.outbox_counts())
+        for name, number in tuple(self._pending.items()):
             if name not in channels:
+                del self._pending[name]
                 self._store.drop_channel(name)
                 self._publish(Trouble("notices_dropped", f"{number} notices for channel {name} are dropped: it is not configured any more"))
         self._patience = {name: self._patience.get(name, _Patience()) if self._channels.get(name) == channel else _Patience()
@@ -5443,10 +5462,15 @@ class Notifier:
 
     def _mark(self, marks: Mapping[str, str], notices: Sequence[Outgoing] = ()) -> None:
         assert self._marks is not None
-        gave_way = self._store.enqueue(notices, marks)
+        self._store.enqueue(notices, marks)
         self._marks |= marks
-        if gave_way:
-            self._publish(Trouble("notices_dropped", f"{gave_way} old notices had to give way: a receiver has not taken any for long"))
+        self._pending.update(notice.channel for notice in notices)
+        for name in {notice.channel for notice in notices}:
+            # A tenth more, so that there is something to do only now and then.
+            if self._pending[name] > _MAX_OUTBOX * 1.1:
+                gave_way = self._store.trim_outbox(name, _MAX_OUTBOX)
+                self._pending[name] -= gave_way
+                self._publish(Trouble("notices_dropped", f"the {gave_way} oldest notices for channel {name} are dropped: it has taken none for too long"))
 
     def _collect(self) -> None:
         """Make notices of the moves since the last time, a page a transaction."""
@@ -5491,6 +5515,7 @@ class Notifier:
         outcome = "expired" if attempt.outcome == "retried" and age_s >= self._read()[0].retry_for else attempt.outcome
         self._publish(Notified(channel.name, outcome, notice.deploy_id, sent.message_id, _describe(channel.name, notice, outcome, attempt, sent.attempts + 1)))
         if outcome != "retried":
+            self._pending[channel.name] -= 1
             self._due.pop(sent.id, None)
             self._done.add(sent.id)
             self._store.take_notice(sent.id)

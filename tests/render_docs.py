@@ -78,6 +78,27 @@ def render_probe_keys() -> str:
     return render_keys(hookshot.HttpProbe)
 
 
+def render_channel_keys() -> str:
+    return render_keys(hookshot.Channel)
+
+
+def render_channel_types() -> str:
+    def names(keys: Sequence[str]) -> str:
+        return ", ".join(map(code, keys)) or "-"
+
+    return render_table(("Type", "Receiver", "Needs", "May have"), [(code(name), kind.doc, names(kind.required), names(kind.optional))
+                                                                    for name, kind in hookshot.CHANNEL_TYPES.items()])
+
+
+def render_metrics() -> str:
+    return render_table(("Metric", "Type", "Labels", "Meaning"), [
+        (code(name), metric.kind, ", ".join(map(code, metric.labels)) or "-", metric.doc) for name, metric in hookshot.METRICS.items()])
+
+
+def render_log_events() -> str:
+    return render_table(("`event`", "When"), [(code(name), doc) for name, doc in hookshot.LOG_EVENTS.items()])
+
+
 def render_variables() -> str:
     return render_table(("Name", "Value"), [(code("{{%s}}" % name), doc) for name, doc in hookshot.VARIABLES.items()])
 
@@ -187,6 +208,7 @@ def render_sections() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "config": render_config, "services": render_services, "command-keys": render_command_keys, "probe-keys": render_probe_keys,
+    "channel-keys": render_channel_keys, "channel-types": render_channel_types, "metrics": render_metrics, "log-events": render_log_events,
     "variables": render_variables, "functions": render_functions, "routes": render_routes, "errors": render_errors,
     "limits": render_limits, "states": render_states, "commands": render_commands, "exits": render_exits, "sections": render_sections}
 
