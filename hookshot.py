@@ -5382,6 +5382,8 @@ class Notifier:
         self._known: tuple[Any, Any] = (None, None)
         self._channels: dict[str, Channel] = {}
         self._patience: dict[str, _Patience] = {}
+        # Notices that are due, by channel: of different deployments, so that one does not have to wait for another.
+        self._heads: dict[str, collections.deque[Outgoing]] = {}
         # When a notice that failed may be tried again (monotonic), by its number. A restart tries them all at once.
         self._due: dict[int, float] = {}
         # Notices that are done with, but could not be removed: a full disk must not have them sent for ever.
@@ -5458,6 +5460,7 @@ class Notifier:
                 self._publish(Trouble("notices_dropped", f"{number} notices for channel {name} are dropped: it is not configured any more"))
         self._patience = {name: self._patience.get(name, _Patience()) if self._channels.get(name) == channel else _Patience()
                           for name, channel in channels.items()}
+        self._heads = {name: collections.deque() for name in channels}
         self._channels, self._known = channels, read
 
     def _mark(self, marks: Mapping[str, str], notices: Sequence[Outgoing] = ()) -> None:
@@ -5498,13 +5501,13 @@ class Notifier:
         patience = self._patience[channel.name]
         if patience.until > now:
             return patience.until - now
-        heads = [head for head in self._store.next_notices(channel.name, _HEADS) if head.id not in self._done]
-        due = min(heads, key=lambda head: (self._due.get(head.id, 0.0) > now, head.id), default=None)
-        if due is None:
-            return _IDLE_NOTIFIER_S
-        if self._due.get(due.id, 0.0) > now:
-            return min(self._due[head.id] for head in heads) - now
-        self._try(channel, due, patience)
+        heads = self._heads[channel.name]
+        if not heads:
+            found = [head for head in self._store.next_notices(channel.name, _HEADS) if head.id not in self._done]
+            heads.extend(head for head in found if self._due.get(head.id, 0.0) <= now)
+            if not heads:
+                return min([self._due[head.id] - now for head in found], default=_IDLE_NOTIFIER_S)
+        self._try(channel, heads.popleft(), patience)
         return max(0.0, patience.until - time.monotonic())
 
     def _try(self, channel: Channel, sent: Outgoing, patience: _Patience) -> None:
