@@ -4352,7 +4352,8 @@ def _confidential_texts(notifications: Notifications) -> Iterator[bytes]:
     """Yield what stands in config.toml and is a secret all the same: URLs of chats, tokens, passwords."""
     for table in (*(notifications.channel or ()), notifications.webhook):
         for name in (*SECRET_KEYS, "on_failure", "on_rollback", "on_success"):
-            if text := getattr(table, name, None):
+            text = getattr(table, name, None)
+            if text and not secret_named(text):
                 yield text.encode()
 
 
@@ -5415,6 +5416,8 @@ class Notifier:
                 self._publish(Trouble("notices_failed", f"notices wait: {error.sentence}"))
                 self._is_behind, wait_s = True, 1.0
             except Exception as error:
+                if time.monotonic() >= self._stop_at:
+                    return  # it was waiting for a receiver, and the database has been closed meanwhile
                 self._publish(Broken("notifier", error))
                 self._is_behind, wait_s = True, 5.0
             if time.monotonic() >= self._stop_at or (self._is_stopping.is_set() and wait_s > 0):
@@ -5426,7 +5429,7 @@ class Notifier:
 
     def turn(self, now: float) -> float:
         """Make notices of new moves, try one notice of each channel; return the seconds until there is something to do."""
-        self._take_configuration()
+        self.take_configuration()
         if self._is_behind and (now >= self._collect_at or self._is_stopping.is_set()):
             self._is_behind, self._collect_at = False, now + _GATHER_S
             self._collect()
@@ -5440,7 +5443,7 @@ class Notifier:
 
     # --- from moves to notices
 
-    def _take_configuration(self) -> None:
+    def take_configuration(self) -> None:
         """Follow the configuration; what waits for a channel that is gone is dropped, and said so."""
         read = self._read()
         if self._marks is None:
@@ -8546,6 +8549,8 @@ class Daemon:
         self.urls = [listener.listen.url(is_tls=is_tls and listener.is_tcp) for listener in self._server.listeners]
         shown = [url + " (all addresses)" * listener.listen.is_everywhere for url, listener in zip(self.urls, self._server.listeners)]
         self._reader = self._begin("reader", self._server.serve)
+        # Before anything can happen: what happens from now on is told, also when notifications have just been turned on.
+        self.notifier.take_configuration()
         self.engine.recover()
         self.engine.start()
         self._housekeeper = self._begin("housekeeper", self._keep_house)
@@ -8686,6 +8691,7 @@ class Daemon:
         current = self._current
         assert self._surroundings
         keyring = load_keyring(current.config, current.services, self._surroundings, self._paths[0], problems)
+        check_channels(current.config.notifications, keyring.values, Place(self._paths[0], "notifications", problems))
         if has_errors(problems):
             for problem in problems:
                 self.log.write("error", "secrets_failed", f"{problem}; the old secrets stay in force")
@@ -9573,7 +9579,7 @@ def demo(args: argparse.Namespace) -> int:
             ended_well = all([_demo_deploy(client, image, expected, words) for image, expected, words in DEMO_STEPS])
             print("\nBoth ended as they should." if ended_well else "\nSomething did not end as it should.", flush=True)
             if not args.once:
-                print(f"Look at them while this runs:\n  {daemon.urls[0]}/services\n  {daemon.urls[0]}/deployments\n"
+                print(f"Look at them while this runs:\n  {daemon.urls[0]}/services\n  {daemon.urls[0]}/deployments\n  {daemon.urls[0]}/metrics\n"
                       "Press Ctrl-C to stop and to remove everything.", flush=True)
                 daemon.signals.get(None)
         finally:
