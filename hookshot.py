@@ -2772,10 +2772,11 @@ def wants_openmetrics(accept: str) -> bool:
         weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
         is_known = "version=1.0.0" in parameters or not any(part.startswith("version=") for part in parameters) \
             or media_type != "application/openmetrics-text"
-        if is_known and re.fullmatch(r"[01](\.\d{0,3})?", weight, re.ASCII):
+        if is_known and re.fullmatch(r"0(\.\d{0,3})?|1(\.0{0,3})?", weight, re.ASCII):
             weights[media_type] = max(weights.get(media_type, 0.0), float(weight))
     asked = weights.get("application/openmetrics-text", 0.0)
-    return asked > 0 and asked >= weights.get("text/plain", 0.0)
+    plain = next((weights[media_range] for media_range in ("text/plain", "text/*", "*/*") if media_range in weights), 0.0)
+    return asked > 0 and asked >= plain
 
 
 # === 11. WORLD ========================================================================================================
