@@ -7049,7 +7049,8 @@ def _measure(app: App) -> list[Sample]:
         counts, pending = app.store.queue_counts(), app.store.outbox_counts()
         samples.append(("deployment_queue_size", (), sum(count["queued"] for count in counts.values())))
         samples += [("deployment_active", (name,), counts.get(name, {}).get("active", 0)) for name in sorted({*services, *counts})]
-        samples += [("hookshot_notifications_pending", (name,), number) for name, number in pending.items()]
+        channels = {channel.name: 0 for channel in channels_of(config.notifications, app.current().keyring.values)}
+        samples += [("hookshot_notifications_pending", (name,), number) for name, number in {**channels, **pending}.items()]
         samples.append(("hookshot_database_size_bytes", (), app.store.size_bytes()))
     with contextlib.suppress(OSError):
         samples.append(("hookshot_disk_free_bytes", (), free_bytes(config.storage.data_dir)))
