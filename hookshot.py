@@ -6262,6 +6262,8 @@ class EventFeed:
                 self._moves.clear()
                 self._floor = self._last = newest
             self.readers += 1
+        # A move that came after `newest` was read and before somebody counted as a reader was not noted.
+        self._news.set()
         # A database that was restored from a backup may be behind what the reader has seen.
         return EventReader(self, newest if after is None else min(after, newest), service)
 
