@@ -6334,8 +6334,10 @@ class EventReader:
     def backlog(self) -> Iterator[bytes]:
         """Yield the moves from where it begins to where the feed goes on."""
         yield b"retry: 2000\n\n"
-        while self._after < self._feed.floor and (page := self._feed.store.moves_after(self._after, _FEED_PAGE)):
-            self._after = page[-1].id
+        while self._after < (floor := self._feed.floor):
+            page = self._feed.store.moves_after(self._after, _FEED_PAGE)
+            # None: the rest was removed with its deployments (storage.retention).
+            self._after = page[-1].id if page else floor
             yield b"".join(render_transition(move) for move in page if self._service in (None, move.deployment.service))
 
     def take(self, limit_bytes: int) -> bytes | None:
