@@ -7795,13 +7795,16 @@ class _Connection:
         """Send what comes in a feed for as long as the client takes it. The connection ends with that."""
         try:
             self._server.followers.add(self)
+            silent_s = time.monotonic()
             while (block := feed.take(_FEED_BYTES)) is not None:
                 if not block:
-                    self.deadline = time.monotonic() + _FEED_HEARTBEAT_S
+                    # Not from now: news that the feed's filter keeps back are no sign of life.
+                    self.deadline = silent_s + _FEED_HEARTBEAT_S
                     if (yield _NEWS):
                         continue
                     block = b": still here\n\n"
                 yield self._send(_chunk(block) if is_chunked else block)
+                silent_s = time.monotonic()
             last = feed.farewell()
             yield self._send(_chunk(last) + _LAST_CHUNK if is_chunked else last)
         finally:
