@@ -7021,9 +7021,9 @@ def handle_events(app: App, request: Request) -> Response:
     if service is not None and service not in app.current().services.by_name:
         raise HookshotError("service_not_found", f"there is no service {clip(escape_controls(service), 40)}")
     resume = request.headers.get("last-event-id", "")
-    after = int(resume) if re.fullmatch(r"\d{1,18}", resume, re.ASCII) else None
-    if "after" in request.query:
-        after = _parse_number_parameter(request.query, "after", 0, 10**18 - 1, 0)
+    after = _parse_number_parameter(request.query, "after", 0, 10**18 - 1, 0) if "after" in request.query else None
+    # Before ?after=: an EventSource that comes again asks for the same URL.
+    after = int(resume) if re.fullmatch(r"\d{1,18}", resume, re.ASCII) else after
     reader = app.feed.open(after, service)
     return Response(200, content_type="text/event-stream", headers=(("X-Accel-Buffering", "no"),), stream=reader.backlog(), feed=reader)
 
