@@ -6333,7 +6333,8 @@ class EventReader:
 
     def backlog(self) -> Iterator[bytes]:
         """Yield the moves from where it begins to where the feed goes on."""
-        yield b"retry: 2000\n\n"
+        # The id alone: a reader that is cut off before the first move comes again with it, and misses nothing.
+        yield b"retry: 2000\nid: %d\n\n" % self._after
         while self._after < (floor := self._feed.floor):
             page = self._feed.store.moves_after(self._after, _FEED_PAGE)
             # None: the rest was removed with its deployments (storage.retention).
@@ -8849,9 +8850,9 @@ class Client:
                     event_id = value
                 elif name == "event":
                     event = value
-                elif line.startswith(":"):
+                elif line.startswith(":") or (not line and not found):
                     yield "", event_id, ""
-                elif not line and found:
+                elif not line:
                     yield event, event_id, "\n".join(found)
                     event, found = "message", []
 
