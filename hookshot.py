@@ -7996,7 +7996,7 @@ class _Connection:
                 if response.stream is not None and head.method != "HEAD":
                     self._send_stream(response.stream, is_chunked=head.is_http_1_1, is_last=response.feed is None)
                     self._feed = response.feed
-                self._closes = closes or response.feed is not None
+                self._closes = closes or self._feed is not None
         finally:
             if response.stream is not None:
                 response.stream.close()  # type: ignore[attr-defined]
