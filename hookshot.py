@@ -7990,13 +7990,15 @@ class _Connection:
         self._closes = True
         # An error of the link: the client has gone, or takes nothing; there is no one to tell.
         try:
-            with contextlib.suppress(OSError):
-                self._link.settimeout(self._app.current().config.server.request_timeout)
-                self._link.sendall(render_answer(response, head, request.request_id, extra, closes=closes))
-                if response.stream is not None and head.method != "HEAD":
-                    self._send_stream(response.stream, is_chunked=head.is_http_1_1, is_last=response.feed is None)
-                    self._feed = response.feed
-                self._closes = closes or self._feed is not None
+            self._link.settimeout(self._app.current().config.server.request_timeout)
+            self._link.sendall(render_answer(response, head, request.request_id, extra, closes=closes))
+            if response.stream is not None and head.method != "HEAD":
+                self._send_stream(response.stream, is_chunked=head.is_http_1_1, is_last=response.feed is None)
+                self._feed = response.feed
+            self._closes = closes or self._feed is not None
+        except OSError as error:
+            if response.feed and isinstance(error, TimeoutError):
+                response.feed.farewell()
         finally:
             if response.stream is not None:
                 response.stream.close()  # type: ignore[attr-defined]
