@@ -7011,9 +7011,16 @@ def _follow_events(app: App, request: Request, deployment: Deployment, path: str
         lines, newline, rest = (rest + chunk).rpartition(b"\n")
         if newline or time.monotonic() - sent >= _HEARTBEAT_S:
             sent = time.monotonic()
-            yield b"id: %d\ndata: %b\n\n" % (offset - len(rest), lines.replace(b"\n", b"\ndata: ")) if newline else b": still running\n\n"
+            yield _render_lines(offset - len(rest), lines) if newline else b": still running\n\n"
+    if rest:  # a disk that was full has cut the last line off
+        yield _render_lines(offset, rest)
     latest = app.store.get(deployment.deploy_id) or deployment
     yield b"event: end\ndata: " + render_json({"deploy_id": latest.deploy_id, "status": latest.state, "error": latest.error}) + b"\n"
+
+
+def _render_lines(offset: int, lines: bytes) -> bytes:
+    """Return lines of a log as a server-sent event, its id the offset after them."""
+    return b"id: %d\ndata: %b\n\n" % (offset, lines.replace(b"\n", b"\ndata: "))
 
 
 def handle_events(app: App, request: Request) -> Response:
