@@ -4909,6 +4909,8 @@ _UNREACHABLE_TRIES, _MAX_PAUSE_OF_CHANNEL_S = 3, 60.0
 _MAX_RETRY_AFTER_S = 3600.0
 _MOVES_PAGE, _HEADS = 200, 200
 _SHUTDOWN_S = 2.0
+# For the answer to QUIT, when the mail is accepted already.
+_FAREWELL_S = 2.0
 _IDLE_NOTIFIER_S = 60.0
 # Moves of this time become notices together: a transaction for each would slow deployments down.
 _GATHER_S = 0.1
@@ -5286,10 +5288,11 @@ def send_mail(mail: Any, channel: Channel) -> Attempt:
             ends.enter_context(hanging_up(link, deadline))
             return ssl.create_default_context().wrap_socket(link, server_hostname=host) if channel.security == "tls" else link
 
-    with contextlib.ExitStack() as ends:
-        client = Client()
-        ends.callback(client.close)
-        try:
+    accepted = None
+    try:
+        with contextlib.ExitStack() as ends:
+            client = Client()
+            ends.callback(client.close)
             code, _ = client.connect(host, int(port))
             if code != 220:
                 return _judge_reply(code, "the connection")
@@ -5298,21 +5301,22 @@ def send_mail(mail: Any, channel: Channel) -> Attempt:
                 client.starttls(context=ssl.create_default_context())
             if channel.username:
                 client.login(channel.username, channel.password)
-            refused = client.send_message(mail)
-        except TimeoutError:
-            return Attempt("retried", f"no answer within {channel.timeout} s", was_reached=False)
-        except smtplib.SMTPRecipientsRefused as error:
-            return _judge_reply(max(code for code, _ in error.recipients.values()), "every recipient")
-        except smtplib.SMTPResponseException as error:
-            return _judge_reply(error.smtp_code, "the mail")
-        except smtplib.SMTPNotSupportedError:
-            return Attempt("refused", f"the server does not offer what is asked for (security = \"{channel.security}\", a login)")
-        except (OSError, ValueError) as error:  # SMTPException is an OSError
-            return Attempt("retried", _why_unreachable(error), was_reached=False)
-        # It is accepted, whatever becomes of the farewell.
-        with contextlib.suppress(OSError):
+            refused = client.send_message(mail, channel.sender, channel.recipients)
+            # It is accepted, whatever becomes of the farewell.
+            accepted = Attempt("delivered", f"accepted, but for {len(refused)} recipients" if refused else "accepted")
+            client.sock.settimeout(_FAREWELL_S)
             client.quit()
-    return Attempt("delivered", f"accepted, but for {len(refused)} recipients" if refused else "accepted")
+    except TimeoutError:
+        return accepted or Attempt("retried", f"no answer within {channel.timeout} s", was_reached=False)
+    except smtplib.SMTPRecipientsRefused as error:
+        return _judge_reply(min(code for code, _ in error.recipients.values()), "every recipient")
+    except smtplib.SMTPResponseException as error:
+        return accepted or _judge_reply(error.smtp_code, "the mail")
+    except smtplib.SMTPNotSupportedError:
+        return Attempt("refused", f"the server does not offer what is asked for (security = \"{channel.security}\", a login)")
+    except (OSError, ValueError) as error:  # SMTPException is an OSError
+        return accepted or Attempt("retried", _why_unreachable(error), was_reached=False)
+    return accepted
 
 
 def _judge_reply(code: int, what: str) -> Attempt:
