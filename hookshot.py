@@ -5112,7 +5112,8 @@ def build_mail(notice: Notice, channel: Channel, message_id: str) -> Any:
     mail["Message-ID"] = f"<{message_id}@{re.sub('[^A-Za-z0-9.-]', '-', notice.host) or 'localhost'}>"
     # RFC 3834: nobody's out-of-office message shall answer it.
     mail["Auto-Submitted"] = "auto-generated"
-    mail.set_content(f"{headline(notice)}\n\n{_plain_words(notice)}\n")
+    # What is not ASCII would otherwise go out as 8-bit content, which smtplib does not announce and a server need not take.
+    mail.set_content(f"{headline(notice)}\n\n{_plain_words(notice)}\n", cte="quoted-printable")
     return mail
 
 
