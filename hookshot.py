@@ -5191,21 +5191,24 @@ class Attempt(NamedTuple):
     was_reached: bool = True
 
 
-def dial(host: str, port: int, timeout_s: float, *, may_be_private: bool) -> socket.socket:
+def dial(host: str, port: int, deadline: float, *, may_be_private: bool) -> socket.socket:
     """Return a connection to a host; OSError says why not. The address that is checked is the one that is connected to.
 
     A name that leads into a private network is refused unless the operator allows it: names can be changed by others.
+    Its addresses share the time until the deadline (monotonic), so that one that is silent leaves some to the next.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     allowed = [entry for entry in found if may_be_private or is_public(parse_address(str(entry[4][0])))]
     if not allowed:
         raise PermissionError(errno.EACCES, "its name leads to a private address; set allow_private = true if that is meant")
     error: OSError = OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH))
-    for family, kind, protocol, _, address in allowed:
+    for left, (family, kind, protocol, _, address) in zip(range(len(allowed), 0, -1), allowed):
         link = socket.socket(family, kind, protocol)
-        link.settimeout(timeout_s)
         try:
+            # Never 0, which would mean not to wait at all.
+            link.settimeout(max(0.001, (deadline - time.monotonic()) / left))
             link.connect(address)
+            link.settimeout(max(0.001, deadline - time.monotonic()))
             return link
         except OSError as failure:
             link.close()
@@ -5219,7 +5222,7 @@ def send_post(post: Post, timeout_s: float, *, allow_private: bool) -> Attempt:
     is_tls, host = parts.scheme == "https", parts.hostname or ""
     deadline = time.monotonic() + timeout_s
     try:
-        link = dial(host, parts.port or (443 if is_tls else 80), timeout_s, may_be_private=allow_private or _is_written_private(post.url))
+        link = dial(host, parts.port or (443 if is_tls else 80), deadline, may_be_private=allow_private or _is_written_private(post.url))
         with contextlib.closing(link), hanging_up(link, deadline):
             client = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
             client.sock = ssl.create_default_context().wrap_socket(link, server_hostname=host) if is_tls else link
@@ -5285,7 +5288,7 @@ def send_mail(mail: Any, channel: Channel) -> Attempt:
             self._host = host
 
         def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-            link = dial(host, port, timeout, may_be_private=may_be_private)
+            link = dial(host, port, deadline, may_be_private=may_be_private)
             ends.enter_context(hanging_up(link, deadline))
             return ssl.create_default_context().wrap_socket(link, server_hostname=host) if channel.security == "tls" else link
 
