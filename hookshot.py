@@ -4953,6 +4953,16 @@ def notice_of(move: Transition, host: str) -> Notice | None:
         deployment.failure_stage if is_end else None, deployment.duration_ms if is_end else None, host)
 
 
+def parse_notice(text: str) -> Notice | None:
+    """Return a notice of the outbox; None for what none of this version's is: nobody could make sense of it later either."""
+    try:
+        notice = Notice(*json.loads(text))
+    except (ValueError, TypeError):
+        return None
+    has_texts = all(isinstance(value, str) for value in (notice.event, notice.service, notice.image, notice.deploy_id, notice.status, notice.host))
+    return notice if has_texts and isinstance(notice.at_ms, int) and notice.event in NOTICE_EVENTS else None
+
+
 # How bad it is, for channels with only_changes; what is not here changes nothing.
 _SEVERITY = {"succeeded": 0, "failed": 1, "rolled_back": 1, "rollback_failed": 2}
 
@@ -5523,12 +5533,13 @@ class Notifier:
         return max(0.0, patience.until - time.monotonic())
 
     def _try(self, channel: Channel, sent: Outgoing, patience: _Patience) -> None:
-        notice = Notice(*json.loads(sent.notice))
-        attempt = send_notice(notice, channel, sent.message_id, self._environ)
+        notice = parse_notice(sent.notice)
+        attempt = self._attempt(notice, channel, sent) if notice else Attempt("refused", "what is kept in the outbox is no notice")
         patience.note(attempt, time.monotonic())
         age_s = elapsed_ms(sent.clock, clock_reading(), wall_ms=now_ms() - sent.created_ms) / 1000
         outcome = "expired" if attempt.outcome == "retried" and age_s >= self._read()[0].retry_for else attempt.outcome
-        self._publish(Notified(channel.name, outcome, notice.deploy_id, sent.message_id, _describe(channel.name, notice, outcome, attempt, sent.attempts + 1)))
+        message = _describe(channel.name, notice, outcome, attempt, sent.attempts + 1)
+        self._publish(Notified(channel.name, outcome, notice.deploy_id if notice else "", sent.message_id, message))
         if outcome != "retried":
             self._pending[channel.name] -= 1
             self._due.pop(sent.id, None)
@@ -5539,11 +5550,20 @@ class Notifier:
         self._due[sent.id] = time.monotonic() + max(attempt.retry_after_s or 0.0, with_jitter(min(_MAX_BACKOFF_S, 2.0 ** min(sent.attempts, 20))))
         self._store.count_attempt(sent.id)
 
+    def _attempt(self, notice: Notice, channel: Channel, sent: Outgoing) -> Attempt:
+        """Try to send; a bug that one notice or one channel brings out must not keep the others waiting."""
+        try:
+            return send_notice(notice, channel, sent.message_id, self._environ)
+        except Exception as error:
+            self._publish(Broken("notifier", error, deploy_id=notice.deploy_id))
+            return Attempt("retried", "a bug, its trace is in the log", was_reached=False)
 
-def _describe(channel: str, notice: Notice, outcome: str, attempt: Attempt, tries: int) -> str:
+
+def _describe(channel: str, notice: Notice | None, outcome: str, attempt: Attempt, tries: int) -> str:
     words = {"delivered": "told", "retried": "could not tell", "refused": "was refused by", "expired": "gives up telling"}[outcome]
     after = {"retried": "; it will be tried again", "expired": "; it is older than notifications.retry_for"}.get(outcome, "")
-    return f"{notice.service} {notice.event}: {words} {channel} at try {tries}: {attempt.words}{after}"
+    what = f"{notice.service} {notice.event}" if notice else "a notice"
+    return f"{what}: {words} {channel} at try {tries}: {attempt.words}{after}"
 
 
 def sample_notice() -> Notice:

@@ -334,7 +334,7 @@ def test_secrets_are_compared_in_constant_time():
 
 # Where work goes on after a bug that no one foresaw; each of them tells it.
 BOUNDARIES = {"Store._carry_out_one", "_Job.carry_out", "Engine._work", "begin", "dispatch", "_Connection._answer_one", "_Connection._go_on",
-              "EventFeed.run", "HttpServer.serve", "Notifier.run", "Daemon.reload", "Daemon._keep_house", "main"}
+              "EventFeed.run", "HttpServer.serve", "Notifier.run", "Notifier._attempt", "Daemon.reload", "Daemon._keep_house", "main"}
 # Where something must be undone whatever happens; each of them raises again.
 CLEAN_UPS = {"Store._migrate", "Store._carry_out", "_spawn_nicely.start", "run_command"}
 
