@@ -4967,11 +4967,17 @@ def parse_notice(text: str) -> Notice | None:
 _SEVERITY = {"succeeded": 0, "failed": 1, "rolled_back": 1, "rollback_failed": 2}
 
 
+def severity_after(event: str, before: int) -> int:
+    """Return how bad it is with a service now: until it is green, as bad as it was at worst."""
+    severity = _SEVERITY.get(event, before)
+    return max(severity, before) if severity else 0
+
+
 def wants(channel: Channel, notice: Notice, severity_before: int) -> bool:
     """Return whether a channel is told of this."""
     if notice.event not in channel.events or (channel.services and notice.service not in channel.services):
         return False
-    return not channel.only_changes or _SEVERITY.get(notice.event, severity_before) != severity_before
+    return not channel.only_changes or severity_after(notice.event, severity_before) != severity_before
 
 
 def message_id_of(database_id: str, move: Transition, channel: str) -> str:
@@ -5510,8 +5516,8 @@ class Notifier:
         assert self._marks is not None
         mark = f"severity:{notice.service}"
         before = int(marks.get(mark) or self._marks.get(mark) or 0)
-        if notice.event in _SEVERITY and _SEVERITY[notice.event] != before:
-            marks[mark] = str(_SEVERITY[notice.event])
+        if (after := severity_after(notice.event, before)) != before:
+            marks[mark] = str(after)
         text, clock = json.dumps(notice), clock_reading()
         return [Outgoing(0, channel.name, move.deployment.seq, message_id_of(self._marks[_DATABASE_ID], move, channel.name), text, now_ms(), clock)
                 for channel in self._channels.values() if wants(channel, notice, before)]
