@@ -5053,6 +5053,12 @@ def build_slack(notice: Notice, channel: Channel, message_id: str, at_s: int) ->
         "attachments": [{"color": _COLOURS[notice.event], "fallback": text, "blocks": [{"type": "section", "fields": fields}]}]})
 
 
+def _clip_bytes(text: str, limit: int, encoding: str) -> str:
+    """Return `text` clipped to so many bytes of an encoding; a character is not cut in two."""
+    content = text.encode(encoding, "replace")
+    return text if len(content) <= limit else content[:limit - len("…".encode(encoding))].decode(encoding, "ignore") + "…"
+
+
 _DISCORD_MARKUP = str.maketrans({character: f"\\{character}" for character in "\\*_~`|>#-+[]()<@:"})
 
 
@@ -5077,7 +5083,8 @@ def build_teams(notice: Notice, channel: Channel, message_id: str, at_s: int) ->
 
 def build_telegram(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
     """Return a message of a Telegram bot: no parse_mode, so no markup; a zero-width space keeps "@name" from being a mention."""
-    text = clip(f"{headline(notice)}\n\n{_plain_words(notice)}", 4000).replace("@", "@\u200b")
+    # 4096 is the limit; counted in units of UTF-16, as Telegram counts positions.
+    text = _clip_bytes(f"{headline(notice)}\n\n{_plain_words(notice)}".replace("@", "@\u200b"), 2 * 4096, "utf-16-le")
     base = channel.url or "https://api.telegram.org"
     return _post_json(f"{base.rstrip('/')}/bot{channel.token}/sendMessage", {
         "chat_id": channel.chat_id, "text": text, "link_preview_options": {"is_disabled": True}})
@@ -5086,8 +5093,9 @@ def build_telegram(notice: Notice, channel: Channel, message_id: str, at_s: int)
 def build_ntfy(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
     """Return a message of ntfy as JSON, because its headers would have to carry our text."""
     base, _, topic = channel.url.rstrip("/").rpartition("/")
-    return _post_json(f"{base}/", {"topic": topic, "title": headline(notice), "message": _plain_words(notice),
-                                   "priority": _PRIORITIES_OF_EVENTS[notice.event]}, _bearer(channel))
+    # A message beyond 4096 bytes would become an attachment, and a document beyond 8192 is refused; quoting may double it.
+    return _post_json(f"{base}/", {"topic": topic, "title": _clip_bytes(headline(notice), 400, "utf-8"),
+                                   "message": _clip_bytes(_plain_words(notice), 3400, "utf-8"), "priority": _PRIORITIES_OF_EVENTS[notice.event]}, _bearer(channel))
 
 
 def build_gotify(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
