@@ -5001,7 +5001,7 @@ _PRIORITIES_OF_EVENTS = {"started": 2, "succeeded": 3, "failed": 4, "rolled_back
 
 def headline(notice: Notice) -> str:
     """Return a notice in one line, without control characters."""
-    return escape_controls(clip(_HEADLINES[notice.event].format_map(notice._asdict()), 400))
+    return _visible(clip(_HEADLINES[notice.event].format_map(notice._asdict()), 400))
 
 
 def facts_of(notice: Notice) -> list[tuple[str, str]]:
@@ -5009,7 +5009,12 @@ def facts_of(notice: Notice) -> list[tuple[str, str]]:
     facts = [("Error", notice.error), ("Stage", notice.failure_stage), ("Image", notice.image), ("Previous image", notice.previous_image),
              ("Took", None if notice.duration_ms is None else render_duration(notice.duration_ms)), ("Deployment", notice.deploy_id),
              ("Host", notice.host)]
-    return [(name, escape_controls(value)) for name, value in facts if value]
+    return [(name, _visible(value)) for name, value in facts if value]
+
+
+def _visible(text: str) -> str:
+    """Return `text` without control characters, and without halves of characters, which no encoding has."""
+    return escape_controls(text).encode("utf-8", "backslashreplace").decode()
 
 
 def _plain_words(notice: Notice) -> str:
@@ -5356,7 +5361,7 @@ def run_notice_command(notice: Notice, channel: Channel, environ: Mapping[str, s
     """Run the channel's command, the notice as JSON on its standard input and as HOOKSHOT_* in its environment."""
     env = {name: value for name, value in environ.items() if SAFE_ENV.fullmatch(name)}
     env.setdefault("PATH", DEFAULT_PATH)
-    env |= {f"HOOKSHOT_{name.upper()}": str(value) for name, value in notice._asdict().items() if value is not None and "\0" not in str(value)}
+    env |= {f"HOOKSHOT_{name.upper()}": str(value).encode("utf-8", "replace").decode() for name, value in notice._asdict().items() if value is not None and "\0" not in str(value)}
     env["HOOKSHOT_MESSAGE"] = headline(notice)
     try:
         process = subprocess.Popen(channel.command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env,
