@@ -5050,9 +5050,12 @@ def build_json(notice: Notice, channel: Channel, message_id: str, at_s: int) -> 
 
 
 def build_slack(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
-    """Return a message of Slack (Mattermost and others take it too): values as plain_text, where no markup and no mention is read."""
+    """Return a message of Slack (Mattermost and others take it too): values as plain_text, where no markup and no mention is read.
+
+    Outside Slack "@all" is a mention; a zero-width space keeps it from being one.
+    """
     fields = [{"type": "plain_text", "text": clip(f"{name}\n{value}", 2000), "emoji": False} for name, value in facts_of(notice)]
-    text = headline(notice).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = headline(notice).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "@\u200b")
     return _post_json(channel.url, {
         "text": text, "mrkdwn": False, "link_names": False,
         "attachments": [{"color": _COLOURS[notice.event], "fallback": text, "blocks": [{"type": "section", "fields": fields}]}]})
