@@ -5188,12 +5188,14 @@ def check_channels(notifications: Notifications, secrets_by_name: Mapping[str, b
         (place / "enabled").warning("is false, so nothing is sent" if channels else "is true, but there is no channel")
     for channel in channels if notifications.enabled else ():
         where = place._replace(path=f'{place.path}: channel "{channel.name}"')
-        if channel.url and not _URL.fullmatch(channel.url):
+        if channel.url and not _is_plain_url(channel.url):
             where.problem("its URL is not a plain http:// or https:// URL")
         elif channel.url.startswith("http://") and not _is_written_private(channel.url) and not channel.allow_private:
             where.warning("its URL is plain HTTP: what is sent can be read on the way")
         if (channel.url.startswith("https://") or channel.type == "telegram" or channel.security not in (None, "none")) and not ssl:
             where.problem("needs Python's ssl module, which this Python lacks")
+        if channel.server and not 0 < int(channel.server.rpartition(":")[2]) < 65536:
+            where.problem("its server has no port from 1 to 65535")
         if channel.token and not (channel.token.isascii() and channel.token.isprintable()):
             where.problem("its token has characters that no header can have")
         if channel.signing_key and (problem := check_webhook_key(channel.signing_key.encode())):
@@ -5205,10 +5207,25 @@ def check_channels(notifications: Notifications, secrets_by_name: Mapping[str, b
 _URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:/[!-~]*)?", re.ASCII)
 
 
+def _is_plain_url(url: str) -> bool:
+    """Return whether this is http:// or https:// with a host, perhaps a port and a path, and nothing else."""
+    try:
+        return bool(_URL.fullmatch(url)) and urllib.parse.urlsplit(url).port != 0
+    except ValueError:  # a port beyond 65535, brackets around what is no address
+        return False
+
+
 def _is_written_private(url: str) -> bool:
     """Return whether a URL has an address, or localhost, in place of a name: then the operator knows where it leads."""
-    host = urllib.parse.urlsplit(url).hostname or ""
-    return host == "localhost" or parse_address(host) is not None
+    return _is_no_name(urllib.parse.urlsplit(url).hostname or "")
+
+
+def _is_no_name(host: str) -> bool:
+    """Return whether a host is an address (however it is spelled: 127.1 and 0x7f000001 are too) or localhost."""
+    try:
+        return host == "localhost" or parse_address(host) is not None or bool(socket.inet_aton(host))
+    except OSError:
+        return False
 
 
 # --- sending
@@ -5259,7 +5276,7 @@ def send_post(post: Post, timeout_s: float, *, allow_private: bool) -> Attempt:
             client = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
             client.sock = ssl.create_default_context().wrap_socket(link, server_hostname=host) if is_tls else link
             with contextlib.closing(client):
-                client.request("POST", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")), post.body,
+                client.request("POST", f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}", post.body,
                                {"Host": parts.netloc, "User-Agent": f"hookshot/{__version__}", "Connection": "close", **post.headers})
                 answer = client.getresponse()
                 return judge_answer(answer.status, answer.getheader("Retry-After"), now_ms())
@@ -5308,7 +5325,7 @@ def send_mail(mail: Any, channel: Channel) -> Attempt:
     host, _, port = channel.server.rpartition(":")
     host = host.strip("[]")
     deadline = time.monotonic() + channel.timeout
-    may_be_private = channel.allow_private or host == "localhost" or parse_address(host) is not None
+    may_be_private = channel.allow_private or _is_no_name(host)
 
     class Client(smtplib.SMTP):
         """Connects to the address that was checked, and for no longer than all may take."""
