@@ -9616,8 +9616,9 @@ def notify_test(args: argparse.Namespace) -> int:
     settings = read_settings(config_path, services_path, problems)
     surroundings = SecretSurroundings.take(os.environ, settings.config.secrets.secret_prefix or "HOOKSHOT_")
     if not has_errors(problems):
-        keyring = load_keyring(*settings, surroundings, config_path, problems)
         notifications = settings.config.notifications._replace(enabled=True)
+        # As if they were on: then the secrets that channels name must be there.
+        keyring = load_keyring(settings.config._replace(notifications=notifications), settings.services, surroundings, config_path, problems)
         check_channels(notifications, keyring.values, Place(config_path, "notifications", problems))
     if has_errors(problems):
         raise ConfigError(problems)
