@@ -2595,7 +2595,11 @@ class _Series:
         self.counts = [0] * buckets
         # By bucket: deploy_id, value, unix time in seconds.
         self.exemplars: dict[int, tuple[str, float, float]] = {}
-        self.texts: dict[bool, str] = {}
+        # Replaced, never changed.
+        self.texts: Mapping[bool, str] = _NO_TEXTS
+
+
+_NO_TEXTS: Mapping[bool, str] = {}
 
 
 class _Copy(NamedTuple):
@@ -2612,32 +2616,54 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._series: dict[tuple[str, tuple[str, ...]], _Series] = {}
+        # The counter and the histogram of requests of one kind, found at once: there may be tens of thousands a second.
+        self._requests: dict[tuple[str, str, int], tuple[_Series, _Series]] = {}
 
     def add(self, name: str, labels: tuple[str, ...], amount: float, exemplar: tuple[str, float] | None = None) -> None:
         """Add to a counter, or observe in a histogram; `exemplar`: a deploy_id and when (unix seconds)."""
-        key, bounds = (name, labels), METRICS[name].bounds
+        bounds = METRICS[name].bounds
         with self._lock:
-            series = self._series.get(key)
-            if series is None:
-                series = self._series[key] = _Series(len(bounds) + 1 if bounds else 0)
+            series = self._find(name, labels)
             series.total += amount
             if bounds:
                 index = bisect.bisect_left(bounds, amount)
                 series.counts[index] += 1
                 if exemplar:
                     series.exemplars[index] = (exemplar[0], amount, exemplar[1])
-            series.texts = {}
+            series.texts = _NO_TEXTS
+
+    def _find(self, name: str, labels: tuple[str, ...]) -> _Series:
+        """Return a series, a new one if need be. The caller holds the lock."""
+        series = self._series.get((name, labels))
+        if series is None:
+            bounds = METRICS[name].bounds
+            series = self._series[name, labels] = _Series(len(bounds) + 1 if bounds else 0)
+        return series
+
+    def count_request(self, method: str, path: str, status: int, seconds: float) -> None:
+        """Count an HTTP request; `path` is a route's pattern."""
+        kind = method, path, status
+        with self._lock:
+            found = self._requests.get(kind)
+            if found is None:
+                found = self._requests[kind] = (self._find("http_requests_total", (method, path, str(status))),
+                                                self._find("http_request_duration_seconds", (method, path)))
+            counter, latency = found
+            counter.total += 1
+            latency.total += seconds
+            latency.counts[bisect.bisect_left(_REQUEST_BOUNDS, seconds)] += 1
+            counter.texts = latency.texts = _NO_TEXTS
 
     def put(self, name: str, labels: tuple[str, ...], value: float) -> None:
         """Have a gauge say `value` from now on."""
         with self._lock:
-            series = self._series.setdefault((name, labels), _Series(0))
-            series.total, series.texts = value, {}
+            series = self._find(name, labels)
+            series.total, series.texts = value, _NO_TEXTS
 
     def begin(self, name: str, labels: tuple[str, ...]) -> None:
         """Have a counter or gauge say 0 if it says nothing yet: what is absent until it first counts has no increase."""
         with self._lock:
-            self._series.setdefault((name, labels), _Series(0))
+            self._find(name, labels)
 
     def expect(self, services: Iterable[str], channels: Iterable[str]) -> None:
         """Begin every counter whose labels are known beforehand, so that its first count is an increase."""
@@ -2660,25 +2686,24 @@ class Metrics:
     def restore(self, tallies: Iterable[Tally]) -> None:
         """Go on from what was counted before the restart."""
         for name, labels, bucket, number, total in tallies:
-            bounds = METRICS[name].bounds
             with self._lock:
-                series = self._series.setdefault((name, labels), _Series(len(bounds) + 1 if bounds else 0))
+                series = self._find(name, labels)
                 series.total += total
-                if bounds:
-                    series.counts[min(bucket, len(bounds))] += number
+                if series.counts:
+                    series.counts[min(bucket, len(series.counts) - 1)] += number
 
     def observe(self, event: Event) -> None:
         """Count an event."""
-        if isinstance(event, Moved):
-            self._observe_move(event)
-        elif isinstance(event, CommandEnded):
-            for name, labels, amount in tally_result(event.deployment.service, event.result):
-                self.add(name, labels, amount)
-        elif isinstance(event, Refused):
+        if isinstance(event, Refused):  # first, because of floods
             if event.reason:
                 self.add("hookshot_auth_failures_total", (event.reason,), 1)
             elif event.code == ERRORS["rate_limited"].code:
                 self.add("hookshot_rate_limited_total", (), 1)
+        elif isinstance(event, Moved):
+            self._observe_move(event)
+        elif isinstance(event, CommandEnded):
+            for name, labels, amount in tally_result(event.deployment.service, event.result):
+                self.add(name, labels, amount)
         elif isinstance(event, Notified):
             self.add("hookshot_notifications_total", (event.channel, event.outcome), 1)
         elif isinstance(event, Broken):
@@ -2725,7 +2750,7 @@ class Metrics:
             for key, copy, text in fresh:
                 series = self._series[key]
                 if (series.total, tuple(series.counts)) == copy[:2]:
-                    series.texts[is_openmetrics] = text
+                    series.texts = {**series.texts, is_openmetrics: text}
 
 
 def _render_head(name: str, is_openmetrics: bool) -> str:
@@ -6727,9 +6752,7 @@ def refuse(app: App, request: Request, error: HookshotError) -> Response:
 
 def count_answer(app: App, method: str, route: Route | None, status: int, seconds: float) -> None:
     """Count an answer under its route's pattern; `route` is None for a request that is in no table or could not be read."""
-    labels = (method if method in _COUNTED_METHODS else OTHER, route.pattern if route else OTHER)
-    app.metrics.add("http_requests_total", (*labels, str(status)), 1)
-    app.metrics.add("http_request_duration_seconds", labels, seconds)
+    app.metrics.count_request(method if method in _COUNTED_METHODS else OTHER, route.pattern if route else OTHER, status, seconds)
 
 
 # --- compressing
