@@ -3102,7 +3102,8 @@ LOG_EVENTS: dict[str, str] = {
     "stopped": "it has ended",
     "recovery": "deployments were interrupted and will be recovered",
     "reloaded": "configuration, secrets and certificates were read again",
-    "reload_failed": "what was read again is wrong; the old configuration stays",
+    "reload_problem": "what is wrong with what was read again",
+    "reload_failed": "what was read again is not taken; the old configuration stays",
     "restart_needed": "a change needs a restart to be in force",
     "secrets_reloaded": "secrets have changed",
     "secrets_failed": "secrets cannot be read; the old ones stay",
@@ -8764,7 +8765,7 @@ class Daemon:
             loaded = self._load()
         except ConfigError as error:
             for problem in error.problems:
-                self.log.write("error", "reload_failed", str(problem))
+                self.log.write("error", "reload_problem", str(problem))
             self.publish(Reloaded(False, "the new configuration is not taken; the old one stays in force", now_ms()))
             return False
         before = self._current.config

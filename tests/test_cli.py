@@ -123,7 +123,7 @@ def test_help_is_data(args):
 
 
 def test_every_command_is_in_the_help():
-    assert set(hookshot.COMMANDS) <= set(re.findall(r"^    (\w+) ", run("--help").stdout, re.MULTILINE))
+    assert set(hookshot.COMMANDS) <= set(re.findall(r"^    ([\w-]+) ", run("--help").stdout, re.MULTILINE))
 
 
 @pytest.mark.parametrize("args", [("run",), (), ("validate",), ("-q", "run")])

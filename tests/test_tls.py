@@ -697,7 +697,8 @@ def break_empty(folder, certificates):
 def test_sighup_with_a_bad_certificate_keeps_the_old_one_and_says_why(tmp_path, certificates, damage):
     with running_tls(tmp_path, certificates) as host:
         damage(tmp_path, certificates)
-        line = reload(host, "reload_failed")
+        reload(host, "reload_failed")
+        line = events(host, "reload_problem")[-1]
         assert line["level"] == "error" and "server.tls" in line["message"] and "pem" in line["message"]
         assert shown(host) == der(certificates.server) and host.wait(host.deploy())["status"] == "Succeeded"
         shutil.copy(certificates.renewed, tmp_path / "cert.pem")
