@@ -6387,22 +6387,26 @@ class EventFeed:
         return after, b"".join(texts)
 
     def run(self) -> None:
-        """Read what is new until stop()."""
-        while not self._is_stopping.wait(_FEED_PAUSE_S):
+        """Read what is new until stop(), and what came until then."""
+        is_last = False
+        while not is_last:
             self._news.wait()
             self._news.clear()
+            is_last = self._is_stopping.is_set()
             try:
-                self.turn()
+                if self.readers:
+                    self.turn()
             except HookshotError as error:
                 self.publish(Trouble("events_unreadable", f"moves cannot be read for GET /events: {error.sentence}"))
                 self._is_stopping.wait(_FEED_RETRY_S)
                 self._news.set()
             except Exception as error:
                 self.publish(Broken("feed", error))
+            self._is_stopping.wait(_FEED_PAUSE_S)
 
     def turn(self) -> None:
         """Make ready what has come since the last turn, and tell of it."""
-        while not self._is_stopping.is_set() and (page := self.store.moves_after(self._last, _FEED_PAGE)):
+        while page := self.store.moves_after(self._last, _FEED_PAGE):
             rendered = [(move.id, move.deployment.service, render_transition(move)) for move in page]
             with self._lock:
                 self._moves.extend(rendered)
@@ -8294,6 +8298,10 @@ class HttpServer:
     def _end(self) -> None:
         for listener in self.listeners:
             listener.server_close()
+        # The last news, as far as those who follow take them at once.
+        for connection in tuple(self.followers):
+            connection.hear()
+            connection.turn()
         for connection in tuple(self._connections):
             if not connection.is_away:
                 connection.close()
