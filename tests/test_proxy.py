@@ -111,6 +111,20 @@ def test_a_log_that_is_followed_comes_through_line_by_line(proxied, accept):
     assert b"end" in rest and host.wait(deploy_id)["status"] == "Succeeded"
 
 
+def test_a_move_comes_through_at_once(proxied):
+    host, port = proxied
+    (host.folder / "go").unlink(missing_ok=True)
+    with link_to(port) as link:
+        link.request("GET", "/events", headers={"Authorization": f"Bearer {TOKEN}", "Accept": "text/event-stream"})
+        response = link.getresponse()
+        assert response.status == 200 and response.readline() == b"retry: 2000\n"
+        deploy_id = host.deploy()
+        # It has not ended, and will not before this move has come through.
+        assert any(b'"status":"Deploying"' in line and deploy_id.encode() in line for line in iter(response.readline, b""))
+        (host.folder / "go").touch()
+        assert any(b'"status":"Succeeded"' in line for line in iter(response.readline, b""))
+
+
 def test_one_client_that_is_refused_for_its_rate_leaves_the_others_alone(tmp_path):
     config = '[security]\ntrusted_proxies = ["127.0.0.1"]\nrate_limit = 3\n'
     with running(tmp_path / "host", service(), config) as host, proxy("nginx", tmp_path, host.port) as port:
