@@ -9587,8 +9587,8 @@ def _refuse_for_good(error: HookshotError) -> None:
 
 def _describe_move(move: Mapping[str, Any]) -> str:
     before = f"{move['previous_status']} -> " if move.get("previous_status") else ""
-    reason = f": {move['error'] or move['reason']}" if move.get("error") or move.get("reason") else ""
-    return escape_controls(f"{move['at']} {move['service']} {move['image']} {move['deploy_id']} {before}{move['status']}{reason}")
+    why = move.get("error") or move.get("reason")
+    return escape_controls(f"{move['at']} {move['service']} {move['image']} {move['deploy_id']} {before}{move['status']}{f': {why}' if why else ''}")
 
 
 def _show_board(client: Client, moves: MoveStream) -> NoReturn:
