@@ -9570,12 +9570,15 @@ def watch(args: argparse.Namespace) -> int:
 
 
 def _print_moves(moves: MoveStream, *, is_json: bool) -> NoReturn:
+    is_lost = False
     while True:
         move = moves.get(None)
         if isinstance(move, HookshotError):
             _refuse_for_good(move)
-            _say(f"{move.sentence.partition(';')[0]}; trying again")
-        elif move:
+            if not is_lost:
+                _say(f"{move.sentence.partition(';')[0]}; trying again")
+        is_lost = isinstance(move, HookshotError)
+        if isinstance(move, Mapping):
             print(json.dumps(move, ensure_ascii=False) if is_json else _describe_move(move), flush=True)
 
 
