@@ -9558,15 +9558,25 @@ def watch(args: argparse.Namespace) -> int:
     client = _client(args)
     client.get("/services")  # what is wrong with URL or token is said at once
     moves = MoveStream(client)
-    if args.json or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
-        _print_moves(moves, is_json=args.json)
-    # The alternate screen: what was on the terminal before comes back.
-    print("\x1b[?1049h\x1b[?25l", end="")
     try:
-        _show_board(client, moves)
+        if args.json or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+            _print_moves(moves, is_json=args.json)
+        with _taken_screen():
+            _show_board(client, moves)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def _taken_screen() -> Iterator[None]:
+    """Have the terminal's other screen, without cursor and wrapped lines; what was on it before comes back, however this ends."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    print("\x1b[?1049h\x1b[?25l\x1b[?7l", end="")
+    try:
+        yield
     finally:
-        print("\x1b[?25h\x1b[?1049l", end="", flush=True)
-    return EXIT_OK
+        print("\x1b[?7h\x1b[?25h\x1b[?1049l", end="", flush=True)
 
 
 def _print_moves(moves: MoveStream, *, is_json: bool) -> NoReturn:
