@@ -9198,6 +9198,8 @@ def wait_for_outcome(client: Client, body: bytes, deadline: float) -> Mapping[st
 DEFAULT_CONFIG = "/etc/hookshot/config.toml"
 # Between two looks of `watch`, and how many moves it shows.
 _WATCH_TURN_S, _BOARD_MOVES = 1.0, 20
+# A table's heading, a line, and how many more there are: no table is cut further.
+_LEAST_ROWS = 3
 # The deployment has ended, so its outcome is there to be asked for.
 _OUTCOME_PATIENCE_S = 60.0
 
@@ -9605,37 +9607,61 @@ def _describe_move(move: Mapping[str, Any]) -> str:
 
 
 def _show_board(client: Client, moves: MoveStream) -> NoReturn:
-    latest: collections.deque[str] = collections.deque(maxlen=_BOARD_MOVES)
+    latest: collections.deque[Mapping[str, Any]] = collections.deque(maxlen=_BOARD_MOVES)
     problem: HookshotError | None = None
-    board: list[str] = []
+    tables: list[list[str]] = []
     while True:
         try:
-            board, problem = _render_board(client), None
+            tables, problem = _board_tables(client), None
         except HookshotError as error:
             _refuse_for_good(error)
             problem = error
         width, height = shutil.get_terminal_size()
-        head = f"{client.url}  {render_time(now_ms())}  " + (problem.sentence if problem else "Ctrl-C ends this")
-        lines = [escape_controls(head), "", *board, "", *reversed(latest)]
+        head = f"hookshot at {client.url}   {_clock(render_time(now_ms()))} UTC   Ctrl-C ends this"
+        told = [escape_controls(problem.sentence.partition(";")[0] + "; trying again")] if problem else []
+        lines = [escape_controls(head), *told, "", *_fit([*tables, _move_table(latest)], height - 3 - len(told))]
         print("\x1b[H" + "".join(clip(line, width - 1) + "\x1b[K\n" for line in lines[: height - 1]) + "\x1b[J", end="", flush=True)
         move = moves.get(_WATCH_TURN_S)
         while move is not None:
             if not isinstance(move, HookshotError):
-                latest.append(_describe_move(move))
+                latest.append(move)
             move = moves.get(0)
 
 
-def _render_board(client: Client) -> list[str]:
-    """Return the table of services and that of what has not ended."""
+def _board_tables(client: Client) -> list[list[str]]:
+    """Return the lines of the table of services, and of that of what has not ended. What is long and can be missed stands last."""
     found, unfinished = client.get("/services")["services"], client.get("/deployments?unfinished=1&limit=200")["deployments"]
-    lines = _table_lines(("SERVICE", "HEALTH", "IMAGE", "LAST", "ENDED", "WAITING", "RUNNING"), [
+    services = _table_lines(("SERVICE", "HEALTH", "IMAGE", "LAST", "ENDED", "WAITING", "RUNNING"), [
         (entry["name"], entry["health"], entry["current_image"], entry["last_deploy"] and entry["last_deploy"]["status"],
-         entry["last_deploy"] and entry["last_deploy"]["completed_at"], entry["queue"]["pending"], entry["queue"]["active"]) for entry in found])
-    if unfinished:
-        lines += ["", *_table_lines(("DEPLOYMENT", "SERVICE", "IMAGE", "STATUS", "NOW", "STEP", "SINCE"), [
-            (entry["deploy_id"], entry["service"], entry["image"], entry["status"], entry["progress"]["current_step"],
-             f"{entry['progress']['steps_completed'] + 1} of {entry['progress']['steps_total']}" if entry["progress"]["current_step"] else None,
-             entry["started_at"] or entry["queued_at"]) for entry in reversed(unfinished)])]
+         entry["last_deploy"] and _clock(entry["last_deploy"]["completed_at"]), entry["queue"]["pending"], entry["queue"]["active"]) for entry in found])
+    running = _table_lines(("SERVICE", "IMAGE", "STATUS", "STEP", "NOW", "SINCE", "DEPLOYMENT"), [
+        (entry["service"], entry["image"], entry["status"],
+         f"{entry['progress']['steps_completed'] + 1} of {entry['progress']['steps_total']}" if entry["progress"]["current_step"] else None,
+         entry["progress"]["current_step"], _clock(entry["started_at"] or entry["queued_at"]), entry["deploy_id"]) for entry in reversed(unfinished)])
+    return [services, running] if unfinished else [services]
+
+
+def _move_table(moves: Sequence[Mapping[str, Any]]) -> list[str]:
+    return _table_lines(("AT", "SERVICE", "IMAGE", "BEFORE", "NOW", "WHY"), [
+        (_clock(move["at"]), move["service"], move["image"], move.get("previous_status"), move["status"], move.get("error") or move.get("reason"))
+        for move in reversed(moves)])
+
+
+def _clock(time_text: str) -> str:
+    """Return the time of a moment of today (UTC), the date of any other."""
+    today = render_time(now_ms())[:10]
+    return str(time_text)[11:19] if str(time_text).startswith(today) else str(time_text)[:10]
+
+
+def _fit(tables: Sequence[list[str]], rows: int) -> list[str]:
+    """Return the tables with an empty line between, the longest cut first until all are at most `rows` lines."""
+    sizes = [len(table) for table in tables]
+    while sum(sizes) + len(sizes) - 1 > rows and max(sizes) > _LEAST_ROWS:
+        sizes[sizes.index(max(sizes))] -= 1
+    lines = []
+    for table, size in zip(tables, sizes):
+        shown = table if size == len(table) else [*table[: size - 1], f"... and {len(table) - size + 1} more"]
+        lines += ["", *shown] if lines else shown
     return lines
 
 

@@ -209,7 +209,7 @@ CONFINED = {
     "selectors": "SERVER",
     "shutil": "DAEMON CLIENT CLI",
     "signal": "WORLD RUN DAEMON CLI",
-    "signal.signal": "DAEMON",
+    "signal.signal": "DAEMON CLI",
     "signal.set_wakeup_fd": "DAEMON",
     "smtplib": "NOTIFY",
     "socket": "RUN NOTIFY SERVER CLIENT",
