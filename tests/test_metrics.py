@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MPL-2.0
 """METRICS: every fact is counted once, in text that Prometheus reads, from closed sets of labels, across restarts."""
 
+import base64
 import collections
 import contextlib
 import gzip
+import hashlib
+import hmac
+import http.client
 import http.server
 import itertools
 import json
@@ -498,3 +502,488 @@ def test_a_gauge_says_what_it_was_given_last():
     ("application/openmetrics-text ; q = 1 ; version = 1.0.0", True)])
 def test_openmetrics_is_for_those_who_ask_for_it(accept, wanted):
     assert hookshot.wants_openmetrics(accept) is wanted
+
+
+# --- a server where everything happened
+
+def scrape(host: Host, *, is_openmetrics: bool = False, path: str = "/metrics", **headers: str) -> Page:
+    answer = host.request("GET", path, headers={**({"Accept": OPENMETRICS} if is_openmetrics else {}), **headers})
+    assert (answer.status, answer.headers["content-type"]) == (200, hookshot.METRICS_TYPES[is_openmetrics])
+    return parse_page(answer.body, is_openmetrics=is_openmetrics)
+
+
+def reload(host: Host, services: str, config: str) -> Page:
+    """Write both files, have them read, and return the page after that."""
+    before = scrape(host).sum("hookshot_reloads_total")
+    host.write(services, config)
+    host.process.send_signal(signal.SIGHUP)
+    return wait_until(lambda: (page := scrape(host)).sum("hookshot_reloads_total") > before and page)
+
+
+@contextlib.contextmanager
+def receiver() -> Iterator[str]:
+    """A server of notices: /good takes them, /bad refuses, /busy puts off."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response({"/good": 204, "/bad": 404}.get(self.path, 503))
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def webhook_headers(key: str, body: bytes, at_s: int) -> dict[str, str]:
+    signature = base64.b64encode(hmac.digest(key.encode(), f"msg_1.{at_s}.".encode() + body, hashlib.sha256)).decode()
+    return {"webhook-id": "msg_1", "webhook-timestamp": str(at_s), "webhook-signature": f"v1,{signature}"}
+
+
+EVENTFUL = (
+    service() + service(HOLD, name="hold", head='on_busy = "replace"', tables=ROLLBACK + 'commands = [["true"]]\n')
+    + service("[\"sh\", \"-c\", \"exit 3\"]", name="bad") + service('["false"]', name="back", tables=ROLLBACK + 'commands = [["true"]]\n')
+    + service('["false"]', name="worse", tables=ROLLBACK + 'commands = [["false"]]\n')
+    + service(name="sick", tables=HEALTH + 'commands = [["test", "-e", "well"]]\n' + ROLLBACK + 'commands = [["touch", "well"]]\n')
+    + service(name="post", tables='[service.hooks]\npost_deploy = [{ run = ["false"], critical = true }]\n' + ROLLBACK + 'commands = [["true"]]\n')
+    + service(name="team").replace("[service.security]\n", '[service.security]\nhmac_keys = ["team_key"]\n'))
+ALLOWED = '[security]\nallowed_ips = ["127.0.0.1"]\nrate_limit = 0\n'
+
+
+def channels(url: str) -> str:
+    return "[notifications]\nenabled = true\n" + "".join(
+        f'[[notifications.channel]]\nname = "{name}"\ntype = "webhook"\nurl = "{url}/{name}"\n' for name in ("good", "bad", "busy"))
+
+
+def have_everything_happen(host: Host, url: str) -> None:
+    """Bring about every kind of event once or more."""
+    config = ALLOWED + channels(url)
+    interrupted = host.deploy("app:2", "hold", previous_image="app:1")
+    host.wait(interrupted, "Deploying")
+    host.kill()
+    host.start()
+    assert host.wait(interrupted)["status"] == "RolledBack"
+    running_one, superseded, last = (host.deploy(f"app:{number}", "hold") for number in range(3, 6))
+    assert host.wait(superseded)["status"] == "Cancelled"
+    (host.folder / "go").touch()
+    for deploy_id, status in ((running_one, "Succeeded"), (last, "Succeeded"), (host.deploy(), "Succeeded"), (host.deploy(service="bad"), "Failed"),
+                              *((host.deploy("app:2", name, previous_image="app:1"), status) for name, status in (
+                                  ("back", "RolledBack"), ("worse", "RollbackFailed"), ("sick", "RolledBack"), ("post", "RolledBack")))):
+        assert host.wait(deploy_id)["status"] == status
+    body = json.dumps({"service": "web", "image": "app:1"}).encode()
+    assert host.request("POST", "/deploy", body).status == 401                                                     # missing
+    assert host.post(body, key=b"x" * 32).status == 401                                                            # wrong
+    assert host.request("POST", "/deploy", body, webhook_headers(support.KEY, body, int(time.time()) - 4000)).status == 401    # stale
+    assert host.post(body, key=TEAM_KEY.encode()).status == 401                                                    # other_service
+    assert host.get("/services", Host="evil.example").status == 401                                                # token
+    link = http.client.HTTPConnection("127.0.0.1", host.port, timeout=support.PATIENCE_S, source_address=("127.0.0.2", 0))
+    with contextlib.closing(link):
+        link.request("GET", "/health")
+        assert link.getresponse().status == 403                                                                    # address
+    reload(host, EVENTFUL, config.replace("rate_limit = 0", "rate_limit = 1\nrequire_timestamp = true"))
+    assert host.post(body).status == 401                                                                           # no_timestamp
+    assert host.get("/services").status == 429
+    assert reload(host, EVENTFUL, config + "[nonsense]\n").value("hookshot_config_last_reload_successful") == 0
+    assert reload(host, EVENTFUL, config).value("hookshot_config_last_reload_successful") == 1
+    wait_until(lambda: (page := scrape(host)) and all(page.value("hookshot_notifications_total", channel=name, outcome=outcome)
+                                                      for name, outcome in (("good", "delivered"), ("bad", "refused"), ("busy", "retried"))))
+
+
+@pytest.fixture(scope="module")
+def eventful(tmp_path_factory):
+    with receiver() as url, running(tmp_path_factory.mktemp("metrics"), EVENTFUL, ALLOWED + channels(url),
+                                    secrets=f"read_token={TOKEN}\nteam_key={TEAM_KEY}\n") as host:
+        have_everything_happen(host, url)
+        yield host
+
+
+def test_every_metric_is_there_once_everything_happened_in_both_formats(eventful):
+    plain, openmetrics = scrape(eventful), scrape(eventful, is_openmetrics=True)
+    assert plain.families() == set(METRICS)
+    assert openmetrics.families() == {name.removesuffix("_total") if metric.kind == "counter" else name for name, metric in METRICS.items()}
+    assert plain.values.keys() - openmetrics.values.keys() == set() and {plain.types[name] for name in METRICS} == {"counter", "gauge", "histogram"}
+    for (name, labels), _ in plain.values.items():
+        metric = METRICS.get(name) or METRICS[re.sub("_(bucket|sum|count)$", "", name)]
+        assert {label for label, _ in labels} - {"le"} == set(metric.labels), name
+
+
+def test_promtool_finds_nothing_to_say(eventful):
+    done = subprocess.run([need("promtool"), "check", "metrics"], input=eventful.get("/metrics").body, capture_output=True, timeout=support.PATIENCE_S)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_each_thing_that_happened_is_counted_as_often_as_it_did(eventful):
+    page = scrape(eventful)
+    endings = {(labels["service"], labels["status"]): value for (name, pairs), value in page.values.items()
+               if name == "deployment_total" and (labels := dict(pairs)) and value}
+    assert endings == {("hold", "rolled_back"): 1, ("hold", "cancelled"): 1, ("hold", "succeeded"): 2, ("web", "succeeded"): 1, ("bad", "failed"): 1,
+                       ("back", "rolled_back"): 1, ("worse", "rollback_failed"): 1, ("sick", "rolled_back"): 1, ("post", "rolled_back"): 1}
+    rollbacks = {(labels["service"], labels["reason"]): value for (name, pairs), value in page.values.items()
+                 if name == "rollback_total" and (labels := dict(pairs)) and value}
+    assert rollbacks == {("hold", "interrupted"): 1, ("back", "deploy"): 1, ("worse", "deploy"): 1, ("sick", "healthcheck"): 1, ("post", "post_deploy"): 1}
+    assert page.value("healthcheck_failures_total", service="sick") == 2
+    assert {reason: page.value("hookshot_auth_failures_total", reason=reason) for reason in hookshot.AUTH_REASONS} == dict.fromkeys(hookshot.AUTH_REASONS, 1)
+    assert page.value("hookshot_rate_limited_total") == 1 and page.value("hookshot_internal_errors_total") == 0
+    assert (page.value("hookshot_reloads_total", outcome="succeeded"), page.value("hookshot_reloads_total", outcome="failed")) == (2, 1)
+    failing = {name: page.value("hookshot_service_failing", service=name) for name in ("web", "hold", "bad", "back", "worse", "sick", "post", "team")}
+    assert failing == {"web": 0, "hold": 0, "bad": 1, "back": 1, "worse": 1, "sick": 1, "post": 1, "team": 0}
+    assert page.value("hookshot_notifications_pending", channel="good") == 0 and page.value("hookshot_notifications_pending", channel="busy") > 0
+    assert page.value("deployment_queue_size") == 0 == page.sum("deployment_active")
+    assert page.value("command_execution_duration_seconds_count", service="sick", phase="healthcheck", command="test") == 3
+
+
+def test_gauges_say_what_is_so(eventful):
+    page, config = scrape(eventful), hookshot.load_config("", "config.toml", [])
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert page.value("hookshot_build_info", version=hookshot.__version__, python=python, sqlite=sqlite3.sqlite_version) == 1
+    assert page.value("hookshot_ready") == 1
+    assert page.value("hookshot_workers_alive") == page.value("hookshot_workers_configured") == config.server.worker_threads
+    assert page.value("hookshot_start_time_seconds") <= time.time() + 1
+    usage = shutil.disk_usage(eventful.data)
+    assert 0 < page.value("hookshot_disk_free_bytes") <= usage.total
+    size = sum(path.stat().st_size for path in (eventful.data / "state.db", eventful.data / "state.db-wal"))
+    assert size / 4 < page.value("hookshot_database_size_bytes") < size * 4
+    last = eventful.get("/services/web").json["last_deploy"]["completed_at"]
+    assert hookshot.render_time(round(page.value("hookshot_service_last_deployment_timestamp_seconds", service="web") * 1000)) == last
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="this system has no /proc")
+def test_the_figures_of_the_process_are_those_of_the_kernel(eventful):
+    page, folder = scrape(eventful), f"/proc/{eventful.process.pid}"
+    with open(f"{folder}/status") as file:
+        status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+    assert abs(page.value("process_threads") - int(status["Threads"])) <= 4
+    assert abs(page.value("process_open_fds") - len(os.listdir(f"{folder}/fd"))) <= 8
+    for name, field in (("process_resident_memory_bytes", "VmRSS"), ("process_virtual_memory_bytes", "VmSize")):
+        assert 0.5 < page.value(name) / (int(status[field].split()[0]) * 1024) < 2
+    with open(f"{folder}/limits") as file:
+        assert page.value("process_max_fds") == next(int(line.split()[3]) for line in file if line.startswith("Max open files"))
+    with open(f"{folder}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    ticks = os.sysconf("SC_CLK_TCK")
+    spent = (int(fields[11]) + int(fields[12])) / ticks
+    assert spent / 2 < page.value("process_cpu_seconds_total") <= spent
+    uptime_s = float(open("/proc/uptime").read().split()[0])
+    assert abs(page.value("process_start_time_seconds") - (time.time() - uptime_s + int(fields[19]) / ticks)) < 2.5
+
+
+def test_head_gzip_and_the_headers_that_caches_need(eventful):
+    answer = eventful.request("HEAD", "/metrics")
+    assert answer.status == 200 and answer.body == b"" and int(answer.headers["content-length"]) > 1000
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", eventful.port, timeout=support.PATIENCE_S)) as link:
+        for accept, is_openmetrics in (("*/*", False), (OPENMETRICS, True)):
+            link.request("GET", "/metrics", headers={"Accept": accept, "Accept-Encoding": "gzip"})
+            response = link.getresponse()
+            content = response.read()
+            assert response.getheader("Content-Encoding") == "gzip" and len(content) == int(response.getheader("Content-Length"))
+            assert {"accept", "accept-encoding"} <= {word.strip().lower() for word in ",".join(response.headers.get_all("Vary")).split(",")}
+            assert parse_page(gzip.decompress(content), is_openmetrics=is_openmetrics).families()
+    assert "content-encoding" not in eventful.get("/metrics").headers
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+def test_metrics_are_only_read(eventful, method):
+    answer = eventful.request(method, "/metrics", b"")
+    assert answer.status == 405 and answer.headers["allow"] == "GET, HEAD"
+
+
+# --- labels
+
+STATUSES = {str(kind.http) for kind in hookshot.ERRORS.values()} | {"200", "202", "304"}
+PATHS = {route.pattern for route in hookshot.ROUTES} | {"other"}
+METHODS = {route.method for route in hookshot.ROUTES} | {"HEAD", "other"}
+
+
+def hostile_requests(word: str) -> list[bytes]:
+    """Requests that carry a word wherever a caller can write one."""
+    body = json.dumps({"service": word, "image": f"app:{word}", "deploy_id": word, "metadata": {word: word}}).encode()
+    good = json.dumps({"service": "web", "image": f"app:{word}", "deploy_id": word, "metadata": {word: word}}).encode()
+
+    def signed(content: bytes, path: str = "/deploy") -> bytes:
+        return (f"POST {path} HTTP/1.1\r\nHost: {word}\r\nUser-Agent: {word}\r\nX-Request-ID: {word}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n"
+                f"X-Hub-Signature-256: {hookshot.sign(support.KEY.encode(), content)}\r\n\r\n").encode() + content
+
+    lines = [f"{word.upper()} / HTTP/1.1", f"{word} /deploy HTTP/1.1", "get /health HTTP/1.1", f"GET /{word} HTTP/1.1", f"GET /status/{word} HTTP/1.1", f"GET /logs/{word}?tail={word} HTTP/1.1",
+             f"GET /services/{word} HTTP/1.1", f"GET /deployments?service={word} HTTP/1.1", f"HEAD /{word}/{word} HTTP/1.1", f"PATCH /services/{word}/lock HTTP/1.1",
+             f"GET /metrics?{word}={word} HTTP/1.1", f"GET /metrics/{word} HTTP/1.1", f"GET /%22%0A{word} HTTP/1.1", f"GET /events?service={word} HTTP/1.1",
+             f"GET /requests/{word} HTTP/1.1", f"POST /webhook/{word} HTTP/1.1", f"OPTIONS * HTTP/1.1", f"GET http://{word}/health HTTP/1.1"]
+    ordinary = [f"{line}\r\nHost: localhost\r\nUser-Agent: {word}\r\nX-Forwarded-For: {word}\r\nAccept: {word}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode() for line in lines]
+    broken = [f"{word}\r\n\r\n".encode(), f"GET /{word}\r\n\r\n".encode(), f"GET /{word} HTTP/9.{word}\r\n\r\n".encode(), b"\x00\xff" + word.encode() + b"\r\n\r\n",
+              f"GET /health HTTP/1.1\r\n{word}\r\n\r\n".encode(), f'G"}} /{word} HTTP/1.1\r\nHost: a\r\n\r\n'.encode()]
+    return [*ordinary, *broken, signed(body), signed(good), signed(good, f"/services/{word}/rollback"), signed(body, f"/deployments/{word}/cancel")]
+
+
+def test_nothing_that_a_caller_writes_makes_a_series(tmp_path):
+    with running(tmp_path, service()) as host:
+        def throw(word: str) -> Page:
+            for content in hostile_requests(word):
+                host.raw(content)
+            host.wait(word)
+            return scrape(host)
+
+        throw("first0")
+        first, chance = throw("second1"), random.Random(7)
+        for _ in range(3):
+            word = "x" + "".join(chance.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=12))
+            later = throw(word)
+            assert later.values.keys() == first.values.keys()
+            assert word.encode() not in host.get("/metrics").body
+        assert later.sum("http_requests_total", path="other") > first.sum("http_requests_total", path="other")
+        for (name, pairs), _ in later.values.items():
+            labels = dict(pairs)
+            if name.startswith("http_"):
+                assert labels["path"] in PATHS and labels["method"] in METHODS and labels.get("status", "200") in STATUSES, labels
+            assert labels.get("service", "web") == "web"
+        # An id is told where it is asked for, as an exemplar; that is no series.
+        assert {found.label[0] for found in scrape(host, is_openmetrics=True).exemplars} == {"deploy_id"}
+
+
+def test_a_request_counts_once_under_its_route_with_the_time_it_took(tmp_path):
+    with running(tmp_path, service()) as host:
+        def page_after(method: str, path: str) -> tuple[Page, Page]:
+            before = scrape(host)
+            host.request(method, path)
+            # An answer is counted before it goes out.
+            return before, scrape(host)
+
+        for method, path, pattern, status in (("GET", "/status/none", "/status/{id}", "404"), ("HEAD", "/health", "/health", "200"), ("GET", "/nowhere", "other", "404"),
+                                              ("BREW", "/health", "other", "405"), ("GET", "/services", "/services", "200")):
+            before, after = page_after(method, path)
+            labels = {"method": method if method in METHODS else "other", "path": pattern}
+            assert after.sum("http_requests_total", **labels, status=status) - before.sum("http_requests_total", **labels, status=status) == 1, (method, path)
+            assert after.sum("http_request_duration_seconds_count", **labels) == after.sum("http_requests_total", **labels)
+            assert after.sum("http_requests_total") - before.sum("http_requests_total") == 2, "the scrape itself and this request"
+
+
+# --- where it is, and for whom
+
+def test_metrics_path_moves_it_and_the_label_stays(tmp_path):
+    with running(tmp_path, service(), '[monitoring]\nmetrics_path = "/internal/prometheus"\n') as host:
+        assert host.get("/metrics").status == 404
+        scrape(host, path="/internal/prometheus")
+        assert scrape(host, path="/internal/prometheus").value("http_requests_total", method="GET", path="/metrics", status="200") == 1
+
+
+def test_metrics_that_are_off_are_nowhere(tmp_path):
+    with running(tmp_path, service(), "[monitoring]\nmetrics_enabled = false\n") as host:
+        assert host.get("/metrics").status == host.request("HEAD", "/metrics").status == 404
+
+
+def test_only_those_who_may_read_see_the_metrics(tmp_path):
+    with running(tmp_path, service(), '[security]\nread_access = "token"\n', secrets=f"read_token={TOKEN}\n") as host:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}):
+            answer = host.get("/metrics", **headers)
+            assert answer.status == 401 and answer.headers["www-authenticate"] and b"deployment_total" not in answer.body
+        page = scrape(host, Authorization=f"Bearer {TOKEN}")
+        assert page.value("hookshot_auth_failures_total", reason="token") == 3
+
+
+def test_scrapes_are_not_rate_limited(tmp_path):
+    with running(tmp_path, service(), "[security]\nrate_limit = 2\n") as host:
+        for _ in range(20):
+            page = scrape(host)
+        assert page.value("hookshot_rate_limited_total") == 0
+        assert [host.get("/services").status for _ in range(3)] == [200, 200, 429]
+        assert scrape(host).value("hookshot_rate_limited_total") == 1
+
+
+# --- across restarts
+
+COUNTED = (service() + service('["false"]', name="bad") + service('["false"]', name="back", tables=ROLLBACK + 'commands = [["true"]]\n')
+           + service(HOLD, name="hold", tables=ROLLBACK + 'commands = [["true"]]\n')
+           + service(name="sick", tables=HEALTH + 'commands = [["false"]]\n'))
+
+
+def stored(page: Page) -> dict[Series, float]:
+    """Return what goes on after a restart; without what is begun anew at 0."""
+    return {key: value for key, value in page.values.items() if re.sub("_(bucket|sum|count)$", "", key[0]) in STORED and value}
+
+
+def check_against_the_api(host: Host) -> None:
+    """What is counted is what the other routes say."""
+    page, found = scrape(host), collections.Counter()
+    cursor = ""
+    while cursor is not None:
+        answer = host.get(f"/deployments?limit=200{cursor and '&cursor=' + urllib.parse.quote(cursor)}").json
+        found.update((one["service"], one["status"]) for one in answer["deployments"])
+        cursor = answer.get("next_cursor")
+    for name in ("web", "bad", "back", "hold", "sick"):
+        counts = {State(state): found[name, state] for state in hookshot.TERMINAL}
+        assert {state: page.value("deployment_total", service=name, status=word) for state, word in hookshot.COUNT_OF_STATE.items()} == counts, name
+        assert page.sum("deployment_total", service=name) == host.get(f"/services/{name}").json["stats"]["total_deploys"] + counts[State.CANCELLED]
+        assert (page.value("deployment_duration_seconds_count", service=name, phase="total") or 0) == sum(counts.values()) - counts[State.CANCELLED]
+
+
+def test_counters_go_on_after_a_restart_and_after_a_crash(tmp_path):
+    with running(tmp_path, COUNTED) as host:
+        for name in ("web", "web", "bad", "back", "sick"):
+            host.wait(host.deploy("app:2", name, previous_image="app:1"))
+        for end, signal_number in (("restart", signal.SIGTERM), ("crash", signal.SIGKILL)):
+            before = scrape(host)
+            check_against_the_api(host)
+            host.stop(signal_number)
+            host.start()
+            after = scrape(host)
+            assert stored(after) == stored(before) and len(stored(after)) > 50, end
+            check_against_the_api(host)
+            for name in ("web", "bad", "sick"):
+                key = {"service": name}
+                assert after.value("hookshot_service_failing", **key) == before.value("hookshot_service_failing", **key) == (name != "web")
+                last = "hookshot_service_last_deployment_timestamp_seconds"
+                assert after.value(last, **key) == before.value(last, **key) > 0
+            host.wait(host.deploy())
+            assert scrape(host).sum("deployment_total", service="web") == before.sum("deployment_total", service="web") + 1
+            assert scrape(host, is_openmetrics=True).exemplars, "they come with what ends from now on"
+
+
+def test_a_deployment_that_a_crash_interrupts_counts_once(tmp_path):
+    with running(tmp_path, COUNTED) as host:
+        deploy_id = host.deploy("app:2", "hold", previous_image="app:1")
+        host.wait(deploy_id, "Deploying")
+        page = scrape(host)
+        assert (page.value("deployment_active", service="hold"), page.sum("deployment_total")) == (1, 0)
+        waiting = host.deploy("app:3", "hold")
+        assert scrape(host).value("deployment_queue_size") == 1
+        host.kill()
+        (tmp_path / "go").touch()
+        host.start()
+        host.wait(deploy_id), host.wait(waiting)
+        page = scrape(host)
+        assert page.value("rollback_total", service="hold", reason="interrupted") == 1
+        assert page.value("deployment_total", service="hold", status="rolled_back") == 1 == page.value("deployment_total", service="hold", status="succeeded")
+        check_against_the_api(host)
+
+
+def deploy_until_it_breaks(host: Host) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        for name in itertools.cycle(("web", "bad", "back", "sick")):
+            host.post({"service": name, "image": "app:2", "previous_image": "app:1"})
+
+
+def counters_of(page: Page) -> dict[Series, float]:
+    return {key: value for key, value in page.values.items() if page.types.get(key[0]) != "gauge"}
+
+
+def check_growth(before: dict[Series, float], after: dict[Series, float]) -> None:
+    assert not [key for key, value in before.items() if after.get(key, 0) < value]
+
+
+@pytest.mark.parametrize("is_openmetrics", [False, True])
+def test_no_counter_goes_back_under_load_nor_what_is_stored_over_a_crash(tmp_path, is_openmetrics):
+    """A counter that goes back by a little is read as one that began anew: its whole value would be counted again."""
+    with running(tmp_path, COUNTED) as host:
+        for _ in range(2):
+            client = threading.Thread(target=deploy_until_it_breaks, args=(host,))
+            client.start()
+            page, deadline = scrape(host), time.monotonic() + support.PATIENCE_S
+            wanted = page.sum("deployment_total") + 20
+            while page.sum("deployment_total") < wanted and time.monotonic() < deadline:
+                before, page = page, scrape(host, is_openmetrics=is_openmetrics)
+                check_growth(counters_of(before), counters_of(page))
+            host.kill()
+            client.join()
+            host.start()
+            check_growth(stored(page), stored(scrape(host)))
+        wait_until(lambda: (page := scrape(host)).value("deployment_queue_size") == 0 == page.sum("deployment_active"))
+        assert scrape(host).sum("deployment_total") >= 40
+        check_against_the_api(host)
+
+
+# --- when the disk or the database is in trouble
+
+def test_a_full_disk_takes_no_figure_away(tmp_path):
+    with small_disk(tmp_path / "disk", "16m") as disk, running(tmp_path / "host", service(), f'[storage]\ndata_dir = "{disk}/data"\n') as host:
+        host.wait(host.deploy())
+        before = scrape(host)
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+        assert host.post({"service": "web", "image": "app:2"}).status == 507
+        page = scrape(host, is_openmetrics=True)
+        assert page.value("hookshot_disk_free_bytes") < 1 << 16 < before.value("hookshot_disk_free_bytes")
+        assert len(page.families()) == len(before.families()) and page.value("deployment_total", service="web", status="succeeded") == 1
+
+
+def test_a_locked_database_takes_no_figure_away(tmp_path):
+    with running(tmp_path, service()) as host:
+        host.wait(host.deploy())
+        before = scrape(host)
+        with contextlib.closing(sqlite3.connect(host.data / "state.db", isolation_level=None)) as db:
+            db.execute("BEGIN EXCLUSIVE")
+            page = scrape(host)
+            db.execute("ROLLBACK")
+        assert page.families() == before.families()
+
+
+def test_figures_that_cannot_be_had_are_left_out_and_the_others_stay(tmp_path):
+    with running(tmp_path, service()) as host:
+        host.wait(host.deploy())
+        before = scrape(host)
+        shutil.rmtree(host.data)
+        page = wait_until(lambda: "hookshot_disk_free_bytes" not in (page := scrape(host)).families() and page)
+        missing = before.families() - page.families()
+        assert missing <= {"hookshot_disk_free_bytes", "hookshot_database_size_bytes", "deployment_queue_size", "deployment_active", "hookshot_notifications_pending"}
+        assert page.value("deployment_total", service="web", status="succeeded") == 1 and page.value("hookshot_internal_errors_total") == 0
+        assert scrape(host, is_openmetrics=True).value("hookshot_ready") == 1
+
+
+# --- a real Prometheus
+
+@contextlib.contextmanager
+def prometheus(folder, port: int) -> Iterator[str]:
+    """Run Prometheus, scraping a server ten times a second; give its address."""
+    folder.mkdir()
+    own = support.free_port()
+    (folder / "prometheus.yml").write_text("global: {scrape_interval: 100ms, scrape_timeout: 100ms}\nscrape_configs:\n- job_name: hookshot\n"
+                                           f"  static_configs: [{{targets: ['127.0.0.1:{port}']}}]\n")
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen([need("prometheus"), f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
+                                    f"--web.listen-address=127.0.0.1:{own}", "--enable-feature=exemplar-storage"],
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        yield f"http://127.0.0.1:{own}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(url: str, path: str, **query: object) -> Any:
+    """Return the data of an answer of Prometheus's API; nothing while there is none."""
+    with contextlib.suppress(OSError):
+        with urllib.request.urlopen(f"{url}/api/v1/{path}?{urllib.parse.urlencode(query)}", timeout=support.PATIENCE_S) as response:
+            return json.load(response)["data"]
+    return None
+
+
+def value_of(url: str, expression: str) -> float | None:
+    found = ask(url, "query", query=expression)
+    return float(found["result"][0]["value"][1]) if found and found["result"] else None
+
+
+def test_prometheus_scrapes_it_and_knows_the_deployments_and_an_example_of_each(tmp_path):
+    with running(tmp_path / "host", service() + service('["false"]', name="bad")) as host, prometheus(tmp_path / "prometheus", host.port) as url:
+        wait_until(lambda: value_of(url, "up") == 1)
+        ids = {"web": [host.deploy(f"app:{number}") for number in range(7)], "bad": [host.deploy(f"app:{number}", "bad") for number in range(3)]}
+        for deploy_id in itertools.chain(*ids.values()):
+            host.wait(deploy_id)
+        wait_until(lambda: value_of(url, "sum(deployment_total)") == 10)
+        assert value_of(url, 'sum(deployment_total{service="bad",status="failed"})') == 3
+        assert value_of(url, 'deployment_duration_seconds_count{service="web",phase="total"}') == 7
+        assert value_of(url, 'deployment_duration_seconds_bucket{service="web",phase="total",le="+Inf"}') == 7
+        (target,) = ask(url, "targets")["activeTargets"]
+        assert (target["health"], target["lastError"]) == ("up", "")
+        # Only OpenMetrics has them.
+        span = {"start": time.time() - 600, "end": time.time() + 600}
+        found = wait_until(lambda: ask(url, "query_exemplars", query="deployment_duration_seconds_bucket", **span))
+        told = {one["seriesLabels"]["service"]: {exemplar["labels"]["deploy_id"] for exemplar in one["exemplars"]} for one in found}
+        assert told.keys() == {"web", "bad"} and all(told[name] and told[name] <= set(ids[name]) for name in told)
+        assert value_of(url, 'http_requests_total{method="GET",path="/metrics",status="200"}') > 0
+        types = {name: about[0]["type"] for name, about in (ask(url, "targets/metadata") and ask(url, "metadata")).items()}
+        assert (types["deployment_duration_seconds"], types["deployment"], types["deployment_active"]) == ("histogram", "counter", "gauge")
