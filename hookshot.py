@@ -4983,7 +4983,7 @@ def parse_notice(text: str) -> Notice | None:
     """Return a notice of the outbox; None for what none of this version's is: nobody could make sense of it later either."""
     try:
         notice = Notice(*json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     has_texts = all(isinstance(value, str) for value in (notice.event, notice.service, notice.image, notice.deploy_id, notice.status, notice.host))
     return notice if has_texts and isinstance(notice.at_ms, int) and notice.event in NOTICE_EVENTS else None
@@ -5075,22 +5075,22 @@ def build_json(notice: Notice, channel: Channel, message_id: str, at_s: int) -> 
     return post._replace(headers=post.headers | signed)
 
 
+def _clip_bytes(text: str, limit: int, encoding: str) -> str:
+    """Return `text` clipped to so many bytes of an encoding; a character is not cut in two."""
+    content = text.encode(encoding, "replace")
+    return text if len(content) <= limit else content[:limit - len("…".encode(encoding))].decode(encoding, "ignore") + "…"
+
+
 def build_slack(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
     """Return a message of Slack (Mattermost and others take it too): values as plain_text, where no markup and no mention is read.
 
     Outside Slack "@all" is a mention; a zero-width space keeps it from being one.
     """
-    fields = [{"type": "plain_text", "text": clip(f"{name}\n{value}", 2000), "emoji": False} for name, value in facts_of(notice)]
+    fields = [{"type": "plain_text", "text": _clip_bytes(f"{name}\n{value}", 2 * 2000, "utf-16-le"), "emoji": False} for name, value in facts_of(notice)]
     text = headline(notice).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "@\u200b")
     return _post_json(channel.url, {
         "text": text, "mrkdwn": False, "link_names": False,
         "attachments": [{"color": _COLOURS[notice.event], "fallback": text, "blocks": [{"type": "section", "fields": fields}]}]})
-
-
-def _clip_bytes(text: str, limit: int, encoding: str) -> str:
-    """Return `text` clipped to so many bytes of an encoding; a character is not cut in two."""
-    content = text.encode(encoding, "replace")
-    return text if len(content) <= limit else content[:limit - len("…".encode(encoding))].decode(encoding, "ignore") + "…"
 
 
 _DISCORD_MARKUP = str.maketrans({character: f"\\{character}" for character in "\\*_~`|>#-+[]()<@:"})
@@ -5098,10 +5098,11 @@ _DISCORD_MARKUP = str.maketrans({character: f"\\{character}" for character in "\
 
 def build_discord(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
     """Return a message of Discord, its markup escaped, and no mention allowed."""
-    fields = [{"name": name, "value": clip(value.translate(_DISCORD_MARKUP), 1024), "inline": name not in ("Error", "Deployment")}
+    # Counted in units of UTF-16, in which JavaScript counts.
+    fields = [{"name": name, "value": _clip_bytes(value.translate(_DISCORD_MARKUP), 2 * 1024, "utf-16-le"), "inline": name not in ("Error", "Deployment")}
               for name, value in facts_of(notice)]
     return _post_json(channel.url, {"allowed_mentions": {"parse": []}, "embeds": [{
-        "title": clip(headline(notice).translate(_DISCORD_MARKUP), 256), "color": int(_COLOURS[notice.event][1:], 16), "fields": fields,
+        "title": _clip_bytes(headline(notice).translate(_DISCORD_MARKUP), 2 * 256, "utf-16-le"), "color": int(_COLOURS[notice.event][1:], 16), "fields": fields,
         "timestamp": render_time(notice.at_ms)}]})
 
 

@@ -149,7 +149,7 @@ class StandIn:
         assert self._listener is None, "it listens already"
         self._halted.clear()
         self._listener = _Listener(self._bound, self)
-        threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 
     def stop(self) -> None:
