@@ -998,7 +998,8 @@ class Secrets(NamedTuple):
 _SECRET_REFERENCE = re.compile(r"secret:(" + SECRET_NAME.pattern + ")", re.ASCII)
 _CONFIDENTIAL = Check('text, or "secret:NAME"', lambda value, place: _text(kind="text", may_be_empty=True).parse(value, place))
 NOTICE_EVENTS = ("started", "succeeded", "failed", "rolled_back", "rollback_failed", "cancelled")
-_MAIL_ADDRESS = _text(re.compile(r"[!-;=?A-~]{1,64}@[A-Za-z0-9.-]{1,255}", re.ASCII), "mail address")
+# Of what RFC 5322 allows only what needs no quotes: a comma or a bracket would be syntax in a header.
+_MAIL_ADDRESS = _text(re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}@[A-Za-z0-9.-]{1,255}", re.ASCII), "mail address")
 
 
 def secret_named(text: str | None) -> str | None:

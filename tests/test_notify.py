@@ -739,6 +739,7 @@ def test_a_key_without_effect_is_a_problem(kind):
     (table("email", server="mail", sender="a@b", recipients=["c@d"]), "channel[0].server", ""),
     (table("email", server="mail:25", sender="a@b\r\nX: y", recipients=["c@d"]), "channel[0].sender", ""),
     (table("email", server="mail:25", sender="a@b", recipients=["c <c@d>"]), "channel[0].recipients", ""),
+    *((table("email", server="mail:25", sender="a@b", recipients=[f"c{character}@d"]), "channel[0].recipients", "mail address") for character in " \t\r\n\"(),:;<>@[\\]\u00e9"),
     (table("telegram", token="x", chat_id="a b"), "channel[0].chat_id", ""), ("[notifications]\nchannel = [1]\n", "channel[0]", "is not a table"),
     ("[notifications]\nretry_for = 5\n", "notifications.retry_for", ""), ("[notifications.webhook]\non_failed = 'x'\n", "webhook.on_failed", "on_failure")])
 def test_what_is_wrong_with_a_channel_is_told_with_its_place(text, path, words):
