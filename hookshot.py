@@ -5224,6 +5224,10 @@ def check_channels(notifications: Notifications, secrets_by_name: Mapping[str, b
             where.problem("needs Python's ssl module, which this Python lacks")
         if channel.server and not 0 < int(channel.server.rpartition(":")[2]) < 65536:
             where.problem("its server has no port from 1 to 65535")
+        if channel.password and not channel.username:
+            where.problem("its password has no effect without a username")
+        elif channel.password and channel.security == "none" and not _is_no_name(channel.server.rpartition(":")[0]):
+            where.warning('its password can be read on the way; security is "none"')
         if channel.token and not (channel.token.isascii() and channel.token.isprintable()):
             where.problem("its token has characters that no header can have")
         if channel.signing_key and (problem := check_webhook_key(channel.signing_key.encode())):

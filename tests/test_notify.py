@@ -755,6 +755,8 @@ def test_what_is_wrong_with_a_channel_is_told_with_its_place(text, path, words):
     (table("webhook", url="https://user:canary@h/"), "", "its URL is not"), (table("webhook", url="ftp://h/canary"), "", "its URL is not"),
     (table("webhook", url="https://h/ canary"), "", "its URL is not"), (table("webhook", url="file:///canary"), "", "its URL is not"),
     (table("email", server="mail:99999", sender="a@b", recipients=["c@d"]), "", "its server has no port from 1 to 65535"),
+    (table("email", server="mail:25", sender="a@b", recipients=["c@d"], password="canary"), "", "its password has no effect without a username"),
+    (table("email", server="mail:25", sender="a@b", recipients=["c@d"], username="u", password="canary", security="none"), "", "its password can be read on the way"),
     (table("webhook", url=CANARY_URL, token="canary\u00e9"), "", "its token has characters that no header can have"),
     (table("webhook", url=CANARY_URL, token="canary\r\nX: y"), "", "its token has characters that no header can have"),
     (table("webhook", url=CANARY_URL, signing_key="whsec_canary!"), "", "its signing_key begins with whsec_, but what follows is not base64"),
