@@ -5497,6 +5497,11 @@ class Notifier:
         self._is_stopping.set()
         self._news.set()
 
+    def prepare(self) -> None:
+        """Note where telling begins: what moves from now on is told. Before run(), which does it where the disk is full now."""
+        with contextlib.suppress(HookshotError):
+            self._take_configuration()
+
     def run(self) -> None:
         """Send until stop()."""
         while True:
@@ -5519,7 +5524,7 @@ class Notifier:
 
     def turn(self, now: float) -> float:
         """Make notices of new moves, try one notice of each channel; return the seconds until there is something to do."""
-        self.take_configuration()
+        self._take_configuration()
         if self._is_behind and (now >= self._collect_at or self._is_stopping.is_set()):
             self._is_behind, self._collect_at = False, now + _GATHER_S
             self._collect()
@@ -5533,7 +5538,7 @@ class Notifier:
 
     # --- from moves to notices
 
-    def take_configuration(self) -> None:
+    def _take_configuration(self) -> None:
         """Follow the configuration; what waits for a channel that is gone is dropped, and said so."""
         read = self._read()
         if self._marks is None:
@@ -8673,8 +8678,8 @@ class Daemon:
         self.urls = [listener.listen.url(is_tls=is_tls and listener.is_tcp) for listener in self._server.listeners]
         shown = [url + " (all addresses)" * listener.listen.is_everywhere for url, listener in zip(self.urls, self._server.listeners)]
         self._reader = self._begin("reader", self._server.serve)
-        # Before anything can happen: what happens from now on is told, also when notifications have just been turned on.
-        self.notifier.take_configuration()
+        # What recovery ends is told, also where notifications are on for the first time.
+        self.notifier.prepare()
         self.engine.recover()
         self.engine.start()
         self._housekeeper = self._begin("housekeeper", self._keep_house)

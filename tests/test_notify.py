@@ -681,6 +681,20 @@ def test_what_is_switched_off_keeps_nothing_and_tells_no_history_when_it_is_swit
             assert events_in(receiver.wait_for(4))[2:] == [("started", "again"), ("succeeded", "again")]
 
 
+def test_what_a_restart_finds_interrupted_is_told_although_notices_were_off_until_now(tmp_path):
+    with Receiver() as receiver:
+        services = service('["sh", "-c", "echo up > up; exec sleep 600"]', head='recovery = "fail"') + service(name="api")
+        with running(tmp_path, services) as host:
+            host.wait(host.deploy(deploy_id="before", service="api"))
+            host.deploy(deploy_id="d-1")
+            wait_until(lambda: (tmp_path / "up").exists())
+            host.kill()
+            host.write(services, enabled(table("webhook", url=receiver.url, events=[*hookshot.NOTICE_EVENTS])))
+            host.start()
+            assert events_in(receiver.wait_for(1)) == [("failed", "d-1")]
+            assert host.record("d-1")["error"] == json.loads(receiver.requests[0].body)["data"]["error"]
+
+
 # --- problems of the configuration
 
 CANARY_URL = "https://hooks.example.net/canary-path-1234"
