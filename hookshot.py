@@ -5487,8 +5487,8 @@ class Notifier:
             self._news.set()
 
     def wake(self) -> None:
-        """Look at the configuration and the outbox now."""
-        self._is_behind = True
+        """Look at the configuration and for new moves now."""
+        self._is_behind, self._collect_at = True, 0.0
         self._news.set()
 
     def stop(self) -> None:
