@@ -5234,6 +5234,8 @@ def check_channels(notifications: Notifications, secrets_by_name: Mapping[str, b
             where.problem(f"its signing_key {problem}")
         elif format_of(channel) == "json" and not channel.signing_key and channel.type == "webhook":
             where.warning("its notices are not signed; name a secret in signing_key")
+        if channel.type == "webhook" and format_of(channel) != "json" and (channel.signing_key or channel.token):
+            where.problem(f"signing_key and token have no effect in the format of {format_of(channel)}; remove them")
 
 
 _URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:/[!-~]*)?", re.ASCII)
@@ -5330,7 +5332,8 @@ def judge_answer(status: int, retry_after: str | None, at_ms: int) -> Attempt:
     words = f"HTTP {status}"
     if 200 <= status < 300:
         return Attempt("delivered", words)
-    if status >= 500 or status in (408, 425, 429):
+    # Below 200: not the answer yet, and this client takes no other.
+    if status < 200 or status >= 500 or status in (408, 425, 429):
         return Attempt("retried", words, parse_retry_after(retry_after, at_ms))
     return Attempt("refused", f"{words}; redirects are not followed" if 300 <= status < 400 else words)
 
@@ -5504,12 +5507,14 @@ class Notifier:
 
     def run(self) -> None:
         """Send until stop()."""
+        is_in_trouble = False
         while True:
             try:
-                wait_s = self.turn(time.monotonic())
+                wait_s, is_in_trouble = self.turn(time.monotonic()), False
             except HookshotError as error:
-                self._publish(Trouble("notices_failed", f"notices wait: {error.sentence}"))
-                self._is_behind, wait_s = True, 1.0
+                if not is_in_trouble:
+                    self._publish(Trouble("notices_failed", f"notices wait until the outbox can be used: {error.sentence}"))
+                self._is_behind, is_in_trouble, wait_s = True, True, 1.0
             except Exception as error:
                 if time.monotonic() >= self._stop_at:
                     return  # it was waiting for a receiver, and the database has been closed meanwhile
