@@ -366,11 +366,13 @@ def is_loopback(address: Peer) -> bool:
 
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Public by mistake in Pythons before 3.11.10 and 3.12.4 (CVE-2024-4032).
+_LOCAL_TOO = (ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("64:ff9b:1::/48"))
 
 
 def is_public(address: Peer) -> bool:
     """Return whether this is an address of the internet: no private, local or reserved one, nor one that leads to such."""
-    if address is None or isinstance(address, str):
+    if address is None or isinstance(address, str) or is_in(address, _LOCAL_TOO):
         return False
     if address.version == 6 and address in _NAT64:
         return is_public(ipaddress.ip_address(int(address) & 0xFFFFFFFF))
