@@ -61,6 +61,8 @@ class Link:
             content += self._socket.recv(1 << 16)
         head, _, body = content.partition(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-        while len(body) < length:
-            body += self._socket.recv(1 << 16)
-        return int(head[9:12]), body
+        rest = bytearray(length - len(body))
+        view, count = memoryview(rest), 0
+        while count < len(rest):
+            count += self._socket.recv_into(view[count:])
+        return int(head[9:12]), body + rest if rest else body
