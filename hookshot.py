@@ -9217,6 +9217,8 @@ def wait_for_outcome(client: Client, body: bytes, deadline: float) -> Mapping[st
 DEFAULT_CONFIG = "/etc/hookshot/config.toml"
 # Between two looks of `watch`, and how many moves it shows.
 _WATCH_TURN_S, _BOARD_MOVES = 1.0, 20
+# They can stand in texts only.
+_JSON_ESCAPES = {code: f"\\u{code:04x}" for code in CONTROL_ESCAPES if code >= 127}
 # A table's heading, a line, and how many more there are: no table is cut further.
 _LEAST_ROWS = 3
 # The deployment has ended, so its outcome is there to be asked for.
@@ -9228,7 +9230,12 @@ def _say(*words: object) -> None:
 
 
 def _print_json(document: object) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(_json_text(document, indent=2))
+
+
+def _json_text(document: object, indent: int | None = None) -> str:
+    """Return JSON for a program or a terminal: json.dumps leaves control characters from DEL on, and what turns lines around, as they are."""
+    return json.dumps(document, indent=indent, ensure_ascii=False).translate(_JSON_ESCAPES)
 
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -9610,7 +9617,7 @@ def _print_moves(moves: MoveStream, *, is_json: bool) -> NoReturn:
                 _say(f"{move.sentence.partition(';')[0]}; trying again")
         is_lost = isinstance(move, HookshotError)
         if isinstance(move, Mapping):
-            print(json.dumps(move, ensure_ascii=False) if is_json else _describe_move(move), flush=True)
+            print(_json_text(move) if is_json else _describe_move(move), flush=True)
 
 
 def _refuse_for_good(error: HookshotError) -> None:
