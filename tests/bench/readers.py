@@ -28,9 +28,13 @@ successful_deploys = 10000
 KINDS = ("none", "reading", "silent")
 
 
-def connect(port: int, number: int) -> socket.socket:
-    """Return the connection of a reader, from one of ten addresses."""
-    link = socket.create_connection(("127.0.0.1", port), source_address=(f"127.0.0.{10 + number % 10}", 0))
+def connect(port: int, number: int, *, is_reading: bool) -> socket.socket:
+    """Return the connection of a reader, from one of ten addresses; one that will not read buffers little."""
+    link = socket.socket()
+    if not is_reading:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    link.bind((f"127.0.0.{10 + number % 10}", 0))
+    link.connect(("127.0.0.1", port))
     link.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
     while b"retry: 2000" not in link.recv(1 << 16):
         pass
@@ -39,7 +43,7 @@ def connect(port: int, number: int) -> socket.socket:
 
 def read(port: int, control: "multiprocessing.connection.Connection", *, is_reading: bool) -> None:
     """Be 200 readers until told to end; report how many bytes came to them, and to how many they still came at the end."""
-    links = [connect(port, number) for number in range(READERS)]
+    links = [connect(port, number, is_reading=is_reading) for number in range(READERS)]
     control.send("ready")
     selector, count = selectors.DefaultSelector(), 0
     selector.register(control, selectors.EVENT_READ)
@@ -139,7 +143,7 @@ def main() -> None:
         host.close()
     for kind in KINDS:
         ratio = statistics.median(mine / none for mine, none in zip(rates[kind], rates["none"]))
-        print(f"  {kind:8} {statistics.median(rates[kind]):6.0f}/s   {ratio:.2f} of none   memory +{statistics.median(grown[kind]):.1f} MB   "
+        print(f"  {kind:8} {statistics.median(rates[kind]):6.0f}/s   {ratio:.2f} of none   memory {statistics.median(grown[kind]):+.1f} MB   "
               f"GET /ready p50 {percentile(times_ms[kind], 0.5):.1f} ms, p99 {percentile(times_ms[kind], 0.99):.1f} ms, max {max(times_ms[kind]):.1f} ms")
 
 
