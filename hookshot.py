@@ -6293,8 +6293,8 @@ _LARGE_BYTES = 64 << 10
 # Moves that are ready for readers of GET /events. One who is further behind reads them from the database when he comes again.
 _FEED_MOVES = 2000
 _FEED_PAGE = 500
-# Moves that come within this time go out together: with hundreds of readers each sending is as dear as a deployment.
-_FEED_PAUSE_S = 0.05
+# Moves that come within this time go out together, the more readers the longer: 200 sendings are as dear as a deployment.
+_FEED_PAUSE_S, _FEED_PAUSE_PER_READER_S = 0.05, 0.0005
 _FEED_RETRY_S = 1.0
 MAX_TAIL_LINES = 100_000
 # Headers that only a proxy adds, as everything that begins with x-forwarded-: a request with one did not come straight.
@@ -6359,6 +6359,8 @@ class EventFeed:
         # (number, service, text) of every move after `_floor`.
         self._moves: collections.deque[tuple[int, str, bytes]] = collections.deque()
         self._floor = self._last = 0
+        # What was last asked of take(), and what it gave: most readers are at the same place.
+        self._taken: tuple[tuple[int, str | None, int, int] | None, tuple[int, bytes]] = None, (0, b"")
         self.readers = 0
 
     def note(self, event: Event) -> None:
@@ -6391,9 +6393,14 @@ class EventFeed:
 
     def take(self, after: int, service: str | None, limit_bytes: int) -> tuple[int, bytes] | None:
         """Return the number of the last move looked at and the text of those after `after`; None if they are not ready any more."""
+        if after >= self._last:
+            return after, b""
         with self._lock:
             if after < self._floor:
                 return None
+            asked = (after, service, limit_bytes, self._last)
+            if asked == (before := self._taken)[0]:
+                return before[1]
             moves = list(itertools.takewhile(lambda move: move[0] > after, reversed(self._moves)))
         texts, size = [], 0
         for number, owner, text in reversed(moves):
@@ -6403,7 +6410,9 @@ class EventFeed:
             if service in (None, owner):
                 texts.append(text)
                 size += len(text)
-        return after, b"".join(texts)
+        taken = after, b"".join(texts)
+        self._taken = asked, taken
+        return taken
 
     def run(self) -> None:
         """Read what is new until stop(), and what came until then."""
@@ -6421,7 +6430,7 @@ class EventFeed:
                 self._news.set()
             except Exception as error:
                 self.publish(Broken("feed", error))
-            self._is_stopping.wait(_FEED_PAUSE_S)
+            self._is_stopping.wait(_FEED_PAUSE_S + self.readers * _FEED_PAUSE_PER_READER_S)
 
     def turn(self) -> None:
         """Make ready what has come since the last turn, and tell of it."""
