@@ -390,7 +390,7 @@ def test_a_move_that_comes_while_the_first_reader_opens_is_not_left_behind(tmp_p
         feed.on_news = has_come.set
         thread = threading.Thread(target=feed.run, daemon=True)
         thread.start()
-        reader = feed.open(None, None)
+        reader = feed.open(None, None, "req-1")
         try:
             assert has_come.wait(PATIENCE_S) and b"id: 1\n" in reader.take(1 << 16)
         finally:

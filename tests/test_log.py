@@ -194,10 +194,10 @@ EVENTS = {
     "trouble of a deployment": (hookshot.Trouble("record_waiting", "the disk is full", "d-1"), "error"),
     "reloaded": (hookshot.Reloaded(True, "read again", 0), "info"),
     "not reloaded": (hookshot.Reloaded(False, "not read again", 0), "error"),
-    "delivered": (hookshot.Notified("chat", "delivered", "d-1", "msg_1", "told chat"), "debug"),
-    "retried": (hookshot.Notified("chat", "retried", "d-1", "msg_1", "could not tell chat"), "warning"),
-    "given up": (hookshot.Notified("chat", "expired", "d-1", "msg_1", "could not tell chat"), "error"),
-    "notice refused": (hookshot.Notified("chat", "refused", "d-1", "msg_1", "could not tell chat"), "error"),
+    "delivered": (hookshot.Notified("chat", "delivered", "d-1", "req-1", "msg_1", "told chat"), "debug"),
+    "retried": (hookshot.Notified("chat", "retried", "d-1", "req-1", "msg_1", "could not tell chat"), "warning"),
+    "given up": (hookshot.Notified("chat", "expired", "d-1", "req-1", "msg_1", "could not tell chat"), "error"),
+    "notice refused": (hookshot.Notified("chat", "refused", "d-1", "req-1", "msg_1", "could not tell chat"), "error"),
     "noted": (hookshot.Noted("started", "hookshot listens"), "info"),
 }
 

@@ -284,7 +284,7 @@ def test_bugs_reloads_and_notices_count():
     assert (after[is_good], after[taken_at]) == (0, 1.5)
     assert counted(bad, good)[is_good] == 1
     for outcome in ("delivered", "retried", "refused", "expired"):
-        assert counted(hookshot.Notified("chat", outcome, "d-1", "msg_1", "m")) == {
+        assert counted(hookshot.Notified("chat", outcome, "d-1", "req-1", "msg_1", "m")) == {
             series("hookshot_notifications_total", channel="chat", outcome=outcome): 1}
 
 

@@ -32,7 +32,7 @@ from test_store import claim, deploy, end, fill, opened, small_disk, submit
 
 AT_MS = 1_790_000_000_123
 MESSAGE_ID = "msg_0123456789abcdef01234567"
-NOTICE = Notice("failed", "web", "app:2", "app:1", None, "d-1", "Failed", AT_MS, 'command "pull" failed: exit status 3', "deploy", 4200, "host-1")
+NOTICE = Notice("failed", "web", "app:2", "app:1", None, "d-1", "Failed", AT_MS, 'command "pull" failed: exit status 3', "deploy", 4200, "host-1", "req-1")
 SIGNING_KEY = b"a key for notices, 32 bytes long"
 WHSEC = "whsec_" + base64.b64encode(SIGNING_KEY).decode()
 # For every backoff and pause to be over.
@@ -155,7 +155,7 @@ def test_our_own_json_has_the_shape_of_standard_webhooks_and_a_right_signature()
     assert json.loads(request.body) == {
         "type": "deployment.failed", "timestamp": "2026-09-21T14:13:20.123Z", "data": {
             "service": "web", "image": "app:2", "previous_image": "app:1", "current_image": None, "deploy_id": "d-1", "status": "Failed",
-            "error": 'command "pull" failed: exit status 3', "failure_stage": "deploy", "duration_ms": 4200, "host": "host-1"}}
+            "error": 'command "pull" failed: exit status 3', "failure_stage": "deploy", "duration_ms": 4200, "host": "host-1", "request_id": "req-1"}}
     headers = request.headers
     assert headers["content-type"] == "application/json" and headers["authorization"] == "Bearer t0ken"
     assert headers["user-agent"] == f"hookshot/{hookshot.__version__}"
