@@ -138,13 +138,15 @@ class Terminal:
         self._theirs = theirs
 
     def read(self) -> bool:
-        """Take what has been written; False if nothing has."""
-        if not select.select([self._ours], [], [], 0.05)[0]:
-            return False
-        text = os.read(self._ours, 1 << 16).decode()
-        self.raw += text
-        self.screen.feed(text)
-        return True
+        """Take what has been written, up to the end of a screen if it is one; False if nothing has."""
+        is_there = False
+        while select.select([self._ours], [], [], 0.05)[0]:
+            text, is_there = os.read(self._ours, 1 << 16).decode(), True
+            self.raw += text
+            self.screen.feed(text)
+            if self.raw.endswith("\x1b[J"):
+                break
+        return is_there
 
     def show(self, *words: str) -> Screen:
         """Return the screen once it has these words."""
