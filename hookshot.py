@@ -3567,7 +3567,7 @@ MIGRATIONS: tuple[str, ...] = (
         state TEXT NOT NULL, at_ms INTEGER NOT NULL, reason TEXT NOT NULL);
     INSERT INTO numbered (seq, previous, state, at_ms, reason)
         SELECT seq, (SELECT state FROM moves AS earlier WHERE earlier.seq=moves.seq AND earlier.n=moves.n - 1), state, at_ms, reason
-        FROM moves ORDER BY at_ms, seq, n;
+        FROM moves ORDER BY (SELECT max(at_ms) FROM moves AS earlier WHERE earlier.seq=moves.seq AND earlier.n <= moves.n), seq, n;
     DROP TABLE moves;
     ALTER TABLE numbered RENAME TO moves;
     CREATE INDEX moves_by_deployment ON moves (seq);

@@ -618,6 +618,24 @@ def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path):
     assert ask(tmp_path, "PRAGMA user_version") == [(newer,)] and ask(tmp_path, "SELECT deploy_id FROM deployments") == [("d-1",)]
 
 
+def test_moves_keep_their_order_when_a_database_of_the_second_schema_is_upgraded(tmp_path):
+    """Whatever the clock did, which jumped back in the middle of one deployment and stood still during another."""
+    states, times = ["Queued", "Validating", "Deploying", "Succeeded"], {1: [5000, 5001, 10, 11], 2: [4000, 4000, 4000, 4000], 3: [6000, 6001, 6002, 6003]}
+    with contextlib.closing(sqlite3.connect(tmp_path / "state.db")) as db:
+        db.executescript("".join(hookshot.MIGRATIONS[:2]) + "PRAGMA user_version=2;")
+        for seq, moments in times.items():
+            db.execute("INSERT INTO deployments (seq, deploy_id, service, state, image, metadata, env, trigger, digest, queued_ms, completed_ms) "
+                       "VALUES (?, 'd-' || ?, 'web', 'Succeeded', 'app:1', '{}', '{}', '[\"192.0.2.1\", \"hmac_key\", null, \"r\"]', 'd', 1, 2)", (seq, seq))
+            db.executemany("INSERT INTO moves VALUES (?, ?, ?, ?, '')", [(seq, n, state, at_ms) for n, (state, at_ms) in enumerate(zip(states, moments), 1)])
+        db.commit()
+    with opened(tmp_path) as store:
+        for seq, moments in times.items():
+            assert [(move.state, move.at_ms) for move in store.record(f"d-{seq}")[1]] == [*zip(states, moments)]
+        moves = store.moves_after(0, 100)
+        assert [move.deployment.seq for move in moves] == [2] * 4 + [1] * 4 + [3] * 4
+        assert [move.before for move in moves] == [None, *states[:3]] * 3
+
+
 def test_a_migration_upgrades_an_older_database(tmp_path, monkeypatch):
     with opened(tmp_path) as store:
         made = submit(store).deployment
