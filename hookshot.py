@@ -368,6 +368,8 @@ def is_loopback(address: Peer) -> bool:
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Public by mistake in Pythons before 3.11.10 and 3.12.4 (CVE-2024-4032).
 _LOCAL_TOO = (ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("64:ff9b:1::/48"))
+# All that is assigned of IPv6. Beyond it lie site-local addresses and old spellings of IPv4 ones, which ipaddress takes for global.
+_UNICAST = (ipaddress.ip_network("2000::/3"),)
 
 
 def is_public(address: Peer) -> bool:
@@ -376,6 +378,8 @@ def is_public(address: Peer) -> bool:
         return False
     if address.version == 6 and address in _NAT64:
         return is_public(ipaddress.ip_address(int(address) & 0xFFFFFFFF))
+    if address.version == 6 and not is_in(address, _UNICAST):
+        return False
     embedded = address.sixtofour if address.version == 6 else None
     return address.is_global and not address.is_multicast and (embedded is None or is_public(embedded))
 
