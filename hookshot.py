@@ -5242,6 +5242,8 @@ def check_channels(notifications: Notifications, secrets_by_name: Mapping[str, b
         where = place._replace(path=f'{place.path}: channel "{channel.name}"')
         if channel.url and not _is_plain_url(channel.url):
             where.problem("its URL is not a plain http:// or https:// URL")
+        elif channel.type == "ntfy" and not urllib.parse.urlsplit(channel.url).path.strip("/"):
+            where.problem("its URL has no topic; write https://ntfy.sh/TOPIC")
         elif channel.url.startswith("http://") and not _is_written_private(channel.url) and not channel.allow_private:
             where.warning("its URL is plain HTTP: what is sent can be read on the way")
         if (channel.url.startswith("https://") or channel.type == "telegram" or channel.security not in (None, "none")) and not ssl:
