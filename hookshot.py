@@ -8843,6 +8843,10 @@ class Daemon:
             self.publish(Trouble("restart_needed", "changes of [server] and storage.data_dir need a restart; they are not in force yet"))
             loaded = loaded._replace(tls=loaded.tls if server is not before.server else self._current.tls, config=loaded.config._replace(
                 server=server, storage=loaded.config.storage._replace(data_dir=before.storage.data_dir)))
+        if loaded.config.logging.directory:
+            # What cannot be made is told by the log, which goes on without the file.
+            with contextlib.suppress(OSError):
+                make_log_folder(loaded.config.logging.directory)
         self._take(loaded)
         self._tell_warnings()
         self.publish(Reloaded(True, f"configuration, secrets and certificates are read again, {self._count_services()}", now_ms()))
