@@ -8908,6 +8908,8 @@ class Daemon:
 
 _CONNECT_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 60.0
+# What is read of a document, a line or an event: whoever answers may not be a Hookshot server.
+_MAX_ANSWER_BYTES = 32 << 20
 # How long a follower keeps trying to reach a server that has gone: a restart takes seconds.
 _RECONNECT_S = 60.0
 _POLL_WAIT_S = 20
@@ -9012,11 +9014,14 @@ class Client:
         with self._open("GET", path, b"", headers, min(_READ_TIMEOUT_S, timeout_s)) as response:
             if response.status != 200:
                 self._document(response)
-            event, event_id, found = "message", "", []
+            event, event_id, found, size = "message", "", [], 0
             for line in self._lines(response):
                 name, _, value = line.partition(": ")
                 if name == "data":
                     found.append(value)
+                    size += len(value)
+                    if size > _MAX_ANSWER_BYTES:
+                        raise HookshotError("unreachable", f"{self.url} sends an event without an end; is this a Hookshot server?")
                 elif name == "id":
                     event_id = value
                 elif name == "event":
@@ -9025,7 +9030,7 @@ class Client:
                     yield "", event_id, ""
                 elif not line:
                     yield event, event_id, "\n".join(found)
-                    event, found = "message", []
+                    event, found, size = "message", [], 0
 
     def read_log(self, deploy_id: str, tail: int | None) -> Iterator[str]:
         """Yield the lines of a log as it is now."""
@@ -9036,7 +9041,9 @@ class Client:
 
     def _lines(self, response: http.client.HTTPResponse) -> Iterator[str]:
         try:
-            for line in response:
+            while line := response.readline(_MAX_ANSWER_BYTES):
+                if len(line) >= _MAX_ANSWER_BYTES:
+                    raise HookshotError("unreachable", f"{self.url} sends a line without an end; is this a Hookshot server?")
                 yield line.decode("utf-8", "replace").rstrip("\n")
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from None
@@ -9087,7 +9094,7 @@ class Client:
 
     def _document(self, response: http.client.HTTPResponse) -> Reply:
         try:
-            document = json.loads(response.read(32 << 20) or b"null")
+            document = json.loads(response.read(_MAX_ANSWER_BYTES) or b"null")
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from None
         except ValueError:
@@ -9101,6 +9108,17 @@ class Client:
             raise HookshotError(name, f"{self.url} refused: {escape_controls(str(document['error']))}",
                                 retry_after_s=int(pause) if re.fullmatch(r"\d{1,5}", pause, re.ASCII) else None)
         return Reply(response.status, document)
+
+
+def _parse_move(event_id: str, data: str) -> Mapping[str, Any]:
+    """Return a move as GET /events tells it; ValueError for what is none."""
+    try:
+        move = json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(move, dict) or not move.keys() >= {"at", "service", "image", "deploy_id", "status"}:
+        raise ValueError("it is no move")
+    return {**move, "id": int(event_id)}
 
 
 class MoveStream:
@@ -9124,7 +9142,7 @@ class MoveStream:
             try:
                 for event, event_id, data in self._client.follow_moves(last_id):
                     last_id = event_id or last_id
-                    self.queue.put({**json.loads(data), "id": int(event_id)} if event == "deployment" else None)
+                    self.queue.put(_parse_move(event_id, data) if event == "deployment" else None)
             except HookshotError as error:
                 self.queue.put(error)
             except ValueError:

@@ -10,6 +10,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import threading
 
 import pytest
 
+import hookshot
 from support import PATIENCE_S, PROGRAM, Host, free_port, running, service, wait_until
 
 TOKEN = "t0k3n-of-a-reader-0123456789abcdefgh"
 HOLD = '["sh", "-c", "until [ -e go ]; do kill -0 $PPID || exit; sleep 0.02; done"]'
+MOVE = {"at": "2026-11-23T13:15:02.000Z", "service": "web", "image": "app:1", "deploy_id": "d-1", "status": "Queued"}
 SIX = "[limits]\nmax_concurrent_per_service = 6\n[server]\nworker_threads = 16\n"
 
 
@@ -32,6 +35,18 @@ def environment(url: str, **more: str) -> dict[str, str]:
 
 def url_of(host: Host) -> str:
     return f"http://127.0.0.1:{host.port}"
+
+
+class Events:
+    """A client whose server tells these events, one row for each connection."""
+
+    url = "http://127.0.0.1:1"
+
+    def __init__(self, *rows: list[tuple[str, str, str]]):
+        self._rows = iter(rows)
+
+    def follow_moves(self, last_event_id: str):
+        yield from next(self._rows, [])
 
 
 class Watch:
@@ -440,3 +455,32 @@ def test_no_control_character_from_outside_is_printed(impostor, tmp_path):
         finally:
             watch.process.kill()
             watch.process.wait()
+
+
+@pytest.mark.parametrize("data", ["[1]", "null", "{}", '{"at": "2026"}', "[" * 50_000], ids=["list", "null", "empty", "part", "nested"])
+def test_events_that_are_no_moves_are_told_and_do_not_end_it(data):
+    stream = hookshot.MoveStream(Events([("deployment", "1", data)], [("deployment", "2", json.dumps(MOVE))]))
+    told = stream.get(PATIENCE_S)
+    assert isinstance(told, hookshot.HookshotError) and "sends events that cannot be read" in told.sentence
+    assert stream.get(PATIENCE_S) == {**MOVE, "id": 2}
+
+
+@pytest.mark.parametrize("piece", [b"x" * 1000, b"data: " + b"x" * 1000 + b"\n"], ids=["line", "event"])
+def test_what_has_no_end_is_not_read_on(piece, monkeypatch):
+    monkeypatch.setattr(hookshot, "_MAX_ANSWER_BYTES", 100_000)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def say() -> None:
+            link, _ = listener.accept()
+            with link, contextlib.suppress(OSError):
+                link.recv(1 << 16)
+                link.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+                while True:
+                    link.sendall(piece)
+
+        speaker = threading.Thread(target=say)
+        speaker.start()
+        client = hookshot.Client(f"http://127.0.0.1:{listener.getsockname()[1]}", None, None)
+        with pytest.raises(hookshot.HookshotError, match="without an end"):
+            for _ in client.follow_moves(""):
+                pass
+        speaker.join()
