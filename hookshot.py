@@ -4957,6 +4957,8 @@ _UNREACHABLE_TRIES, _MAX_PAUSE_OF_CHANNEL_S = 3, 60.0
 _MAX_RETRY_AFTER_S = 3600.0
 _MOVES_PAGE, _HEADS = 200, 200
 _SHUTDOWN_S = 2.0
+# What is read of all that a mail server says.
+_MAX_REPLIES_BYTES = 1 << 20
 # For the answer to QUIT, when the mail is accepted already.
 _FAREWELL_S = 2.0
 _IDLE_NOTIFIER_S = 60.0
@@ -5379,6 +5381,20 @@ def parse_retry_after(header: str | None, at_ms: int) -> float | None:
         return None
 
 
+class _Bounded:
+    """The lines of a file that ends after so many bytes, however much there is."""
+
+    def __init__(self, file: Any, limit: int):
+        self._file, self._left = file, limit
+        self.close = file.close
+
+    def readline(self, limit: int) -> bytes:
+        """Return the next line, b"" at the end."""
+        line: bytes = self._file.readline(min(limit, self._left))
+        self._left -= len(line)
+        return line
+
+
 def send_mail(mail: Any, channel: Channel) -> Attempt:
     """Hand a message to the channel's mail server once."""
     import smtplib
@@ -5401,6 +5417,12 @@ def send_mail(mail: Any, channel: Channel) -> Attempt:
             link = dial(host, port, deadline, may_be_private=may_be_private)
             ends.enter_context(hanging_up(link, deadline))
             return ssl.create_default_context().wrap_socket(link, server_hostname=host) if channel.security == "tls" else link
+
+        def getreply(self) -> tuple[int, bytes]:
+            # The library keeps every line of a reply, and a reply may have any number of them.
+            if self.file is None and self.sock:
+                self.file = _Bounded(self.sock.makefile("rb"), _MAX_REPLIES_BYTES)
+            return super().getreply()
 
     accepted = None
     try:

@@ -915,6 +915,26 @@ def names(monkeypatch, **hosts: list[str]) -> list[tuple]:
     return asked
 
 
+def test_a_reply_of_a_mail_server_that_never_ends_is_not_kept():
+    """It would have all the memory there is within seconds."""
+    said = 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def say() -> None:
+            nonlocal said
+            link, _ = listener.accept()
+            with link, contextlib.suppress(OSError):
+                link.sendall(b"220 hello\r\n")
+                link.recv(1 << 16)
+                while said < 64 << 20:
+                    said += link.send(b"250-canary\r\n" * 1000)
+
+        speaker = threading.Thread(target=say)
+        speaker.start()
+        attempt = send(channel("email", server=f"127.0.0.1:{listener.getsockname()[1]}", sender="a@example.org", recipients=["b@example.org"], security="none"))
+        speaker.join()
+    assert attempt.outcome == "retried" and "canary" not in attempt.words and said < 64 << 20
+
+
 PRIVATE = ["127.0.0.1", "10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1", "255.255.255.255", "::1", "fe80::1",
            "fc00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2002:a00:1::", "::", "ff02::1",
            "192.0.0.8", "64:ff9b:1::a00:1", "fec0::1", "::10.0.0.1", "::ffff:0:10.0.0.1"]
