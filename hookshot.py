@@ -3317,6 +3317,10 @@ class _File:
                 os.replace(f"{self._path}.{number - 1}" if number > 1 else self._path, f"{self._path}.{number}")
         if not oldest:
             os.unlink(self._path)
+        # Those of a time when more were kept.
+        with contextlib.suppress(FileNotFoundError):
+            for number in itertools.count(oldest + 1):
+                os.unlink(f"{self._path}.{number}")
 
 
 class Log:

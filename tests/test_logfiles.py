@@ -70,6 +70,16 @@ def test_the_oldest_file_gives_way(tmp_path, max_files):
     assert turns == list(range(turns[0], 3000)) and turns[0] > 0
 
 
+def test_fewer_files_are_kept_once_the_configuration_says_so(tmp_path):
+    folder = tmp_path / "log"
+    with logging_into(folder, max_files=6) as log:
+        for count, max_files in ((6, 6), (2, 2), (1, 1)):
+            log.set_up("info", "json", hookshot.Masker(), hookshot.LogFiles(str(folder), 64 << 10, max_files))
+            for _ in range(3000):
+                log.write("info", "started", "x" * 100)
+            assert len(files_in(folder)) == count
+
+
 def test_a_line_larger_than_a_file_has_one_of_its_own(tmp_path):
     with logging_into(tmp_path / "log") as log:
         for text in ("small", "x" * (100 << 10), "small"):
