@@ -5530,8 +5530,8 @@ class Notifier:
         self._patience: dict[str, _Patience] = {}
         # Notices that are due, by channel: of different deployments, so that one does not have to wait for another.
         self._heads: dict[str, collections.deque[Outgoing]] = {}
-        # When a notice that failed may be tried again (monotonic), by its number. A restart tries them all at once.
-        self._due: dict[int, float] = {}
+        # When a notice that failed may be tried again (monotonic), by channel and its number. A restart tries them all at once.
+        self._due: dict[str, dict[int, float]] = {}
         # Notices that are done with, but could not be removed: a full disk must not have them sent for ever.
         self._done: set[int] = set()
 
@@ -5616,6 +5616,7 @@ class Notifier:
         self._patience = {name: self._patience.get(name, _Patience()) if self._channels.get(name) == channel else _Patience()
                           for name, channel in channels.items()}
         self._heads = {name: collections.deque() for name in channels}
+        self._due = {name: self._due.get(name, {}) for name in channels}
         self._channels, self._known = channels, read
 
     def _mark(self, marks: Mapping[str, str], notices: Sequence[Outgoing] = ()) -> None:
@@ -5628,6 +5629,8 @@ class Notifier:
             if self._pending[name] > _MAX_OUTBOX * 1.1:
                 gave_way = self._store.trim_outbox(name, _MAX_OUTBOX)
                 self._pending[name] -= gave_way
+                oldest = min((head.id for head in self._store.next_notices(name, 1)), default=0)
+                self._due[name] = {number: at for number, at in self._due[name].items() if number >= oldest}
                 self._publish(Trouble("notices_dropped", f"the {gave_way} oldest notices for channel {name} are dropped: it has taken none for too long"))
 
     def _collect(self) -> None:
@@ -5659,9 +5662,10 @@ class Notifier:
         heads = self._heads[channel.name]
         if not heads:
             found = [head for head in self._store.next_notices(channel.name, _HEADS) if head.id not in self._done]
-            heads.extend(head for head in found if self._due.get(head.id, 0.0) <= now)
+            due = self._due[channel.name]
+            heads.extend(head for head in found if due.get(head.id, 0.0) <= now)
             if not heads:
-                return min([self._due[head.id] - now for head in found], default=_IDLE_NOTIFIER_S)
+                return min([due[head.id] - now for head in found], default=_IDLE_NOTIFIER_S)
         self._try(channel, heads.popleft(), patience)
         return max(0.0, patience.until - time.monotonic())
 
@@ -5676,12 +5680,12 @@ class Notifier:
                                sent.message_id, message))
         if outcome != "retried":
             self._pending[channel.name] -= 1
-            self._due.pop(sent.id, None)
+            self._due[channel.name].pop(sent.id, None)
             self._done.add(sent.id)
             self._store.take_notice(sent.id)
             self._done.discard(sent.id)
             return
-        self._due[sent.id] = time.monotonic() + max(attempt.retry_after_s or 0.0, with_jitter(min(_MAX_BACKOFF_S, 2.0 ** min(sent.attempts, 20))))
+        self._due[channel.name][sent.id] = time.monotonic() + max(attempt.retry_after_s or 0.0, with_jitter(min(_MAX_BACKOFF_S, 2.0 ** min(sent.attempts, 20))))
         self._store.count_attempt(sent.id)
 
     def _attempt(self, notice: Notice, channel: Channel, sent: Outgoing) -> Attempt:

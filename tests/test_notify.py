@@ -915,6 +915,31 @@ def names(monkeypatch, **hosts: list[str]) -> list[tuple]:
     return asked
 
 
+def test_nothing_is_remembered_of_notices_that_are_dropped(store, monkeypatch):
+    monkeypatch.setattr(hookshot, "_MAX_OUTBOX", 10)
+    monkeypatch.setattr(hookshot, "send_notice", lambda *words: hookshot.Attempt("retried", "HTTP 500"))
+    text = enabled(table("webhook", url="http://127.0.0.1:9/"))
+    sender = Sender(store, text)
+    notice = json.dumps(hookshot.sample_notice()._replace(event="failed"))
+
+    def remembered() -> int:
+        return sum(map(len, sender.notifier._due.values()))
+
+    for first in (0, 100):
+        store.enqueue([hookshot.Outgoing(0, "ours", first + number, f"msg_{first + number}", notice, hookshot.now_ms(), None) for number in range(20)], {})
+        for _ in range(25):
+            sender.turn()
+        assert remembered() == 20
+        sender.notifier._pending["ours"] = 20
+        sender.notifier._mark({}, [hookshot.Outgoing(0, "ours", first + 50, f"msg_{first + 50}", notice, hookshot.now_ms(), None)])
+        assert store.outbox_counts() == {"ours": 10} and remembered() == 9
+        sender.configure(enabled())
+        sender.turn()
+        assert remembered() == 0
+        sender.configure(text)
+        sender.turn()
+
+
 def test_a_reply_of_a_mail_server_that_never_ends_is_not_kept():
     """It would have all the memory there is within seconds."""
     said = 0
