@@ -225,7 +225,11 @@ def parse_size(value: object) -> int:
 
 
 def render_value(value: object) -> str:
-    """Return a configuration value as its file would write it, clipped, without control characters."""
+    """Return a configuration value as its file would write it, clipped, without control characters; what is in a table may be secret."""
+    if value and isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+        return "a list of tables"
     if isinstance(value, str | bool | int | float | list | dict) or value is None:
         return clip(escape_controls(json.dumps(value, ensure_ascii=False, default=str)), 80)
     return clip(escape_controls(str(value)), 80)
@@ -763,7 +767,8 @@ def _boolean(value: Any, place: Place) -> bool:
 def _list(item: Check, low: int, high: int) -> Check:
     def parse(value: Any, place: Place) -> tuple[Any, ...]:
         if not isinstance(value, list):
-            raise ValueError(f"{render_value(value)} is not a list")
+            advice = f"; write [[{place.path}]]" if isinstance(value, dict) and item.kind == "table" else ""
+            raise ValueError(f"{render_value(value)} is not a list{advice}")
         if not low <= len(value) <= high:
             raise ValueError(f"has {len(value)} entries; allowed: {low} to {high}")
         return tuple(_parse_at(item, entry, place.at(index)) for index, entry in enumerate(value))
@@ -1002,7 +1007,16 @@ class Secrets(NamedTuple):
 
 
 _SECRET_REFERENCE = re.compile(r"secret:(" + SECRET_NAME.pattern + ")", re.ASCII)
-_CONFIDENTIAL = Check('text, or "secret:NAME"', lambda value, place: _text(kind="text", may_be_empty=True).parse(value, place))
+
+
+def _parse_confidential(value: Any) -> str:
+    # What is wrong may be a secret, so that no message shows it.
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError("is not a text; write it in quotes")
+    return value
+
+
+_CONFIDENTIAL = _plain(_parse_confidential, 'text, or "secret:NAME"')
 NOTICE_EVENTS = ("started", "succeeded", "failed", "rolled_back", "rollback_failed", "cancelled")
 # Of what RFC 5322 allows only what needs no quotes: a comma or a bracket would be syntax in a header.
 _MAIL_ADDRESS = _text(re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}@[A-Za-z0-9.-]{1,255}", re.ASCII), "mail address")
@@ -1068,7 +1082,7 @@ _COMMON_CHANNEL_KEYS = ("name", "type", "events", "services", "only_changes", "t
 
 def _parse_channel(value: Any, place: Place) -> Channel:
     if not isinstance(value, dict):
-        raise ValueError(f"{render_value(value)} is not a table; write [[notifications.channel]]")
+        raise ValueError("is not a table; write [[notifications.channel]]")
     channel = _load_table(Channel, value, place)
     kind = CHANNEL_TYPES.get(channel.type)
     if kind:

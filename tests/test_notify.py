@@ -763,6 +763,16 @@ def test_what_is_wrong_with_a_channel_is_told_with_its_place(text, path, words):
     assert any("config.toml" in problem and path in problem and words in problem for problem in found), found
 
 
+@pytest.mark.parametrize(("text", "words"), [
+    ("[notifications.channel]\nname = 'ours'\ntype = 'slack'\nurl = 'https://h/canary'\n", "a table is not a list; write [[notifications.channel]]"),
+    ("[notifications]\nchannel = ['https://h/canary']\n", "is not a table; write [[notifications.channel]]"),
+    ("[[notifications.webhook]]\non_failure = 'https://h/canary'\n", "a list of tables is not a table"),
+    (table("webhook", url=["https://h/canary"]), "is not a text; write it in quotes"), (table("webhook", url="x", signing_key=["canary"]), "is not a text")])
+def test_what_is_wrong_with_a_channel_is_told_without_what_may_be_secret(text, words):
+    found = load_problems(text)
+    assert any(words in problem for problem in found) and "canary" not in repr(found), found
+
+
 @pytest.mark.parametrize(("text", "secrets", "words"), [
     (table("webhook", url="secret:hook"), "", "secret hook is not found in any source; it is required by notifications.channel ours, url"),
     (table("webhook", url="secret:hook"), "hook=canary-no-url\n", 'channel "ours": its URL is not a plain http:// or https:// URL'),
