@@ -4458,7 +4458,7 @@ def _check_secrets(values: Mapping[str, bytes], config: Config, services: Servic
 def check_webhook_key(value: bytes) -> str | None:
     """Return why a secret that claims to be a key of Standard Webhooks is none, or None."""
     try:
-        return None if len(webhook_key(value)) >= MIN_KEY_BYTES else f"is shorter than {MIN_KEY_BYTES} bytes after whsec_"
+        return None if len(webhook_key(value)) >= MIN_KEY_BYTES else f"is shorter than {MIN_KEY_BYTES} bytes{' after whsec_' if value.startswith(b'whsec_') else ''}"
     except ValueError:
         return "begins with whsec_, but what follows is not base64"
 
@@ -5263,7 +5263,7 @@ def check_channels(notifications: Notifications, secrets_by_name: Mapping[str, b
         if channel.url and not _is_plain_url(channel.url):
             where.problem("its URL is not a plain http:// or https:// URL")
         elif channel.type == "ntfy" and not urllib.parse.urlsplit(channel.url).path.strip("/"):
-            where.problem("its URL has no topic; write https://ntfy.sh/TOPIC")
+            where.problem("its URL names no topic; write https://ntfy.sh/TOPIC")
         elif channel.url.startswith("http://") and not _is_written_private(channel.url) and not channel.allow_private:
             where.warning("its URL is plain HTTP: what is sent can be read on the way")
         if (channel.url.startswith("https://") or channel.type == "telegram" or channel.security not in (None, "none")) and not ssl:
@@ -5366,10 +5366,18 @@ def send_post(post: Post, timeout_s: float, *, allow_private: bool) -> Attempt:
         return Attempt("retried", _why_unreachable(error), was_reached=False)
 
 
+# By OpenSSL's X509_V_ERR codes (x509_vfy.h): not yet valid, expired, another name, another address.
+VERIFY_ADVICE = {9: "check this host's clock", 10: "have it renewed", 62: "use a name that it has", 64: "use a name or an address that it has"}
+
+
 def _why_unreachable(error: Exception) -> str:
     """Return a reason in words of ours: the text of an error could hold what a receiver said."""
     if why := getattr(error, "verify_message", None):
-        return f"its certificate is not trusted: {why}"
+        return f"its certificate is not trusted: {why.rstrip('.')}; {VERIFY_ADVICE.get(getattr(error, 'verify_code', 0), 'SSL_CERT_FILE names other authorities')}"
+    if getattr(error, "reason", None) == "WRONG_VERSION_NUMBER":
+        return "it does not speak TLS on this port"
+    if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
+        return "it does not speak HTTP on this port"
     return getattr(error, "strerror", None) or {"RemoteDisconnected": "it closed without an answer"}.get(type(error).__name__, type(error).__name__)
 
 
@@ -5464,6 +5472,8 @@ def send_mail(mail: Any, channel: Channel) -> Attempt:
         return accepted or Attempt("retried", f"no answer within {channel.timeout} s", was_reached=False)
     except smtplib.SMTPRecipientsRefused as error:
         return _judge_reply(min(code for code, _ in error.recipients.values()), "every recipient")
+    except smtplib.SMTPAuthenticationError as error:
+        return _judge_reply(error.smtp_code, "the login")
     except smtplib.SMTPResponseException as error:
         return accepted or _judge_reply(error.smtp_code, "the mail")
     except smtplib.SMTPNotSupportedError:
@@ -8969,10 +8979,6 @@ class Reply(NamedTuple):
     document: Any
 
 
-# By OpenSSL's X509_V_ERR codes (x509_vfy.h): not yet valid, expired, another name, another address.
-_VERIFY_ADVICE = {9: "check this host's clock", 10: "have it renewed", 62: "use a name that it has", 64: "use a name or an address that it has"}
-
-
 class Trust(NamedTuple):
     """Files (PEM) by which a client and a TLS server know each other; `is_pinned`: `ca` is the server's own certificate."""
 
@@ -9122,7 +9128,7 @@ class Client:
     def _unreachable(self, error: BaseException) -> HookshotError:
         reason = getattr(error, "reason", None)
         if why := getattr(error, "verify_message", None):
-            advice = _VERIFY_ADVICE.get(getattr(error, "verify_code", 0)) or (
+            advice = VERIFY_ADVICE.get(getattr(error, "verify_code", 0)) or (
                 "it shows another one than config.toml names; send it SIGHUP" if self._trust.is_pinned else "name its authority with --ca")
             return HookshotError("unreachable", f"the certificate of {self.url} is not trusted: {why.rstrip('.')}; {advice}")
         if isinstance(reason, str) and "ALERT" in reason:
@@ -9146,7 +9152,8 @@ class Client:
             raise HookshotError("unreachable", f"{self.url} answered {response.status} without JSON; {advice}") from None
         # The ending of a deployment may be a 500 too.
         if not isinstance(document, dict) or (response.status >= 400 and not {"code", "deploy_id"} & document.keys()):
-            raise HookshotError("unreachable", f"{self.url} answered {response.status} with JSON of its own; is this a Hookshot server?")
+            what = "without JSON" if document is None else "with JSON of its own"
+            raise HookshotError("unreachable", f"{self.url} answered {response.status} {what}; is this a Hookshot server?")
         if "code" in document and "error" in document and response.status >= 400:
             name, pause = KIND_OF_CODE.get(str(document["code"]), "internal"), response.getheader("Retry-After", "")
             raise HookshotError(name, f"{self.url} refused: {escape_controls(str(document['error']))}",

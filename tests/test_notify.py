@@ -422,6 +422,20 @@ def test_a_mail_goes_over_tls_with_a_login(trusted, security, host):
             assert server.commands.index(b"STARTTLS\r\n") < min(number for number, line in enumerate(server.commands) if line.upper().startswith(b"AUTH"))
 
 
+def test_a_login_that_is_refused_is_called_so(trusted):
+    with MailServer(tls=(trusted.server, trusted.server_key), users={"bot": "passw0rd"}) as server:
+        attempt = send(mail_channel(server, security="starttls", username="bot", password="another"))
+        assert attempt == hookshot.Attempt("refused", "the login was refused with SMTP 535") and server.mails == ()
+
+
+def test_a_port_that_speaks_something_else_is_called_so():
+    with MailServer() as mail:
+        plain = hookshot.send_post(hookshot.Post(f"http://{mail.address}/", {}, b"{}"), 5, allow_private=True)
+        tls = hookshot.send_post(hookshot.Post(f"https://{mail.address}/", {}, b"{}"), 5, allow_private=True)
+    assert (plain.outcome, plain.words) == ("retried", "it does not speak HTTP on this port")
+    assert (tls.outcome, tls.words) == ("retried", "it does not speak TLS on this port")
+
+
 @pytest.mark.parametrize("security", ["starttls", "tls"])
 def test_a_mail_server_that_is_not_trusted_gets_nothing(certificates, monkeypatch, security):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates.other_ca))
@@ -777,6 +791,7 @@ def test_what_is_wrong_with_a_channel_is_told_without_what_may_be_secret(text, w
     (table("webhook", url="secret:hook"), "", "secret hook is not found in any source; it is required by notifications.channel ours, url"),
     (table("webhook", url="secret:hook"), "hook=canary-no-url\n", 'channel "ours": its URL is not a plain http:// or https:// URL'),
     (table("webhook", url="secret:hook"), "hook=\n", "secret hook is empty"),
+    (table("ntfy", url="https://h/"), "", "its URL names no topic"), (table("ntfy", url="https://h"), "", "its URL names no topic"),
     (table("webhook", url="https://h:99999/canary"), "", "its URL is not"), (table("webhook", url="http://[1::2::3]/canary"), "", "its URL is not"),
     (table("webhook", url="https://user:canary@h/"), "", "its URL is not"), (table("webhook", url="ftp://h/canary"), "", "its URL is not"),
     (table("webhook", url="https://h/ canary"), "", "its URL is not"), (table("webhook", url="file:///canary"), "", "its URL is not"),
