@@ -2711,6 +2711,8 @@ class Metrics:
     def restore(self, tallies: Iterable[Tally]) -> None:
         """Go on from what was counted before the restart."""
         for name, labels, bucket, number, total in tallies:
+            if name not in METRICS or len(labels) != len(METRICS[name].labels):
+                continue  # another version counted it
             with self._lock:
                 series = self._find(name, labels)
                 series.total += total
@@ -5685,7 +5687,7 @@ class Notifier:
             return patience.until - now
         heads = self._heads[channel.name]
         if not heads:
-            found = [head for head in self._store.next_notices(channel.name, _HEADS) if head.id not in self._done]
+            found = [head for head in self._store.next_notices(channel.name, _HEADS + len(self._due[channel.name])) if head.id not in self._done]
             due = self._due[channel.name]
             heads.extend(head for head in found if due.get(head.id, 0.0) <= now)
             if not heads:

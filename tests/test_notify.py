@@ -795,7 +795,7 @@ def test_what_is_wrong_with_a_channel_is_told_without_what_may_be_secret(text, w
     (table("webhook", url="https://h:99999/canary"), "", "its URL is not"), (table("webhook", url="http://[1::2::3]/canary"), "", "its URL is not"),
     (table("webhook", url="https://user:canary@h/"), "", "its URL is not"), (table("webhook", url="ftp://h/canary"), "", "its URL is not"),
     (table("webhook", url="https://h/ canary"), "", "its URL is not"), (table("webhook", url="file:///canary"), "", "its URL is not"),
-    (table("ntfy", url="https://canary.example.net"), "", "its URL has no topic"), (table("ntfy", url="https://canary.example.net//"), "", "its URL has no topic"),
+    (table("ntfy", url="https://canary.example.net"), "", "its URL names no topic"), (table("ntfy", url="https://canary.example.net//"), "", "its URL names no topic"),
     (table("email", server="mail:99999", sender="a@b", recipients=["c@d"]), "", "its server has no port from 1 to 65535"),
     (table("email", server="mail:25", sender="a@b", recipients=["c@d"], password="canary"), "", "its password has no effect without a username"),
     (table("email", server="mail:25", sender="a@b", recipients=["c@d"], username="u", password="canary", security="none"), "", "its password can be read on the way"),
