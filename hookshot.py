@@ -5915,7 +5915,8 @@ class _Job:
         if failed:
             self._fail(failed.explain(), deploy_ms=self._phase_ms())
         elif plan.has_health:
-            self._move(Outcome.PASSED, "every command succeeded", deploy_ms=self._phase_ms())
+            # With the state comes its phase: no record says HealthChecking and still shows the last deploy command.
+            self._move(Outcome.PASSED, "every command succeeded", deploy_ms=self._phase_ms(), **_health_progress(plan))
         else:
             self._succeed(Outcome.PASSED_UNCHECKED, "every command succeeded; there is no health check", deploy_ms=self._phase_ms())
 
@@ -6101,8 +6102,7 @@ class _Job:
         policy = self._need_plan().health
         progress, verdict, last = HealthProgress(), None, ""
         plan = self._need_plan()
-        self._deployment = self._deployment._replace(phase=Phase.HEALTHCHECK, step=0, current_step=None,
-                                                     steps_total=len(plan.commands[Phase.HEALTHCHECK]) + len(plan.checks))
+        self._deployment = self._deployment._replace(**_health_progress(plan))
         self._log.note(Phase.HEALTHCHECK, f"up to {policy.max_attempts} probes, every {policy.interval_s} s; "
                                           f"{policy.success_threshold} good ones in a row are healthy")
         self._sleep(min(policy.initial_delay_s, max(0.0, deadline - time.monotonic())))
@@ -6137,6 +6137,11 @@ class _Job:
             self._persist(self._write_progress)
             if self._stop.wait(seconds):
                 raise _Interrupted
+
+
+def _health_progress(plan: Plan) -> dict[str, Any]:
+    """Return what a record says while its health check begins."""
+    return {"phase": Phase.HEALTHCHECK, "step": 0, "current_step": None, "steps_total": len(plan.commands[Phase.HEALTHCHECK]) + len(plan.checks)}
 
 
 class Engine:
