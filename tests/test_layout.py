@@ -472,7 +472,7 @@ def test_every_line_of_the_log_has_a_name_of_the_table_and_every_name_a_line():
             named.add(arguments[0])
         elif function.endswith(("log.write", "style.render")) and len(arguments) >= 2:
             named.add(arguments[1])
-    named |= {f"notice_{outcome}" for outcome in hookshot._LEVEL_OF_OUTCOME} | {"deploy_accepted", "deploy_repeated", "deploy_moved", "command_ended",
+    named |= {f"notice_{outcome}" for outcome in hookshot.NOTICE_OUTCOMES} | {"deploy_accepted", "deploy_repeated", "deploy_moved", "command_ended",
                                                                                 "reloaded", "reload_failed"}
     assert named == hookshot.LOG_EVENTS.keys()
 

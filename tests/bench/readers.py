@@ -14,7 +14,7 @@ import time
 
 from common import Link, announce, make_host, percentile, service
 from memory import resident_mb
-from throughput import CLIENTS, SECONDS, client
+from throughput import CLIENTS, SECONDS, deployments
 
 READERS, ROUNDS = 200, int(os.environ.get("BENCH_ROUNDS", "3"))
 CONFIG = """
@@ -82,21 +82,6 @@ def readers(port: int, kind: str):
             print(f"    {count / READERS / 1e6:.2f} MB came to each reader; {left} of {READERS} were still followed", flush=True)
 
 
-def deployments(port: int, turn: int) -> float:
-    """Return deployments finished a second, with ids of their own in each turn."""
-    start, done = multiprocessing.Event(), multiprocessing.Queue()
-    clients = [multiprocessing.Process(target=client, args=(port, turn * CLIENTS + number, 1, start, done)) for number in range(CLIENTS)]
-    for process in clients:
-        process.start()
-    for _ in clients:
-        done.get()
-    start.set()
-    counts = [done.get() for _ in clients]
-    for process in clients:
-        process.join()
-    return sum(counts) / SECONDS
-
-
 class Probe:
     """Asks GET /ready every 10 ms, in a thread."""
 
@@ -128,13 +113,13 @@ def main() -> None:
     grown: dict[str, list[float]] = {kind: [] for kind in KINDS}
     times_ms: dict[str, list[float]] = {kind: [] for kind in KINDS}
     try:
-        deployments(host.port, 999)
+        deployments(host.port, 1, first=999 * CLIENTS)
         for turn in range(ROUNDS * len(KINDS)):
             kind, before = KINDS[turn % len(KINDS)], resident_mb(host.process.pid)
             with readers(host.port, kind):
                 connected = resident_mb(host.process.pid)
                 with Probe(host.port) as probe:
-                    rates[kind].append(deployments(host.port, turn))
+                    rates[kind].append(deployments(host.port, 1, first=turn * CLIENTS))
                 after = resident_mb(host.process.pid)
             times_ms[kind] += probe.times_ms
             grown[kind].append(after - before)

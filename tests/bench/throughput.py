@@ -41,10 +41,10 @@ def client(port: int, number: int, services: int, start: "multiprocessing.Event"
     done.put(count)
 
 
-def deployments(port: int, services: int) -> float:
-    """Return deployments finished a second."""
+def deployments(port: int, services: int, *, first: int = 0) -> float:
+    """Return deployments finished a second; clients are numbered from `first` on, and name their deployments by that."""
     start, done = multiprocessing.Event(), multiprocessing.Queue()
-    clients = [multiprocessing.Process(target=client, args=(port, number, services, start, done)) for number in range(CLIENTS)]
+    clients = [multiprocessing.Process(target=client, args=(port, first + number, services, start, done)) for number in range(CLIENTS)]
     for process in clients:
         process.start()
     for _ in clients:
