@@ -119,11 +119,13 @@ ERRORS: dict[str, ErrorKind] = {
     "method_not_allowed": ErrorKind("METHOD_NOT_ALLOWED", 405, 65, "The method is not allowed here"),
     "request_timeout": ErrorKind("REQUEST_TIMEOUT", 408, 75, "The request took too long"),
     "conflict": ErrorKind("DEPLOY_ID_CONFLICT", 409, 65, "The id is taken by another request"),
+    "not_possible": ErrorKind("NOT_POSSIBLE", 409, 65, "This is not possible as things are"),
     "length_required": ErrorKind("LENGTH_REQUIRED", 411, 65, "The body has no length"),
     "too_large": ErrorKind("PAYLOAD_TOO_LARGE", 413, 65, "The body is too large"),
     "uri_too_long": ErrorKind("URI_TOO_LONG", 414, 65, "The request line is too long"),
     "media_type": ErrorKind("UNSUPPORTED_MEDIA_TYPE", 415, 65, "The body is not of a supported type"),
     "expectation": ErrorKind("EXPECTATION_FAILED", 417, 65, "The expectation cannot be met"),
+    "service_locked": ErrorKind("SERVICE_LOCKED", 423, 75, "The service is locked"),
     "rate_limited": ErrorKind("RATE_LIMIT_EXCEEDED", 429, 75, "There were too many requests", 60),
     "headers_too_large": ErrorKind("HEADERS_TOO_LARGE", 431, 65, "The headers are too large"),
     "internal": ErrorKind("INTERNAL_ERROR", 500, 70, "The server made a mistake"),
@@ -147,17 +149,18 @@ KIND_OF_CODE = {kind.code: name for name, kind in ERRORS.items()}
 class HookshotError(Exception):
     """A row of ERRORS and its sentence; `details` is a further text for the caller, `headers` go with the answer.
 
-    `reason` is a word for the metrics, which callers do not see.
+    `members` are further members of the JSON answer. `reason` is a word for the metrics, which callers do not see.
     """
 
     def __init__(self, name: str, sentence: str, *, details: str | None = None, retry_after_s: int | None = None,
-                 headers: tuple[tuple[str, str], ...] = (), reason: str | None = None):
+                 headers: tuple[tuple[str, str], ...] = (), reason: str | None = None, members: Mapping[str, Any] = {}):
         super().__init__(sentence)
         self.name = name
         self.kind = ERRORS[name]
         self.sentence = sentence
         self.details = details
         self.headers = headers
+        self.members = members
         self.reason = reason
         self.retry_after_s = self.kind.retry_after_s if retry_after_s is None else retry_after_s
 
@@ -1589,6 +1592,21 @@ class DeployRequest(NamedTuple):
     message: SignedMessage | None = None
 
 
+class ControlRequest(NamedTuple):
+    """A well-formed control request; whether its key may ask for that is API's to say."""
+
+    action: str
+    target: str
+    to: str | None
+    reason: str | None
+    owner: str
+    for_s: int | None
+    force: bool
+    digest: str
+    key_id: str
+    message: SignedMessage
+
+
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -1785,6 +1803,20 @@ class _Fields:
         self.problems += [] if value is None else [f"{self._prefix}{name}: is not an object"]
         return {}
 
+    def duration(self, name: str, high_s: int) -> int | None:
+        value = self._document.get(name)
+        if value is None:
+            return None
+        try:
+            seconds = parse_duration(value)
+            if 1 <= seconds <= high_s:
+                return seconds
+            problem = f"is not between 1 s and {high_s} s"
+        except ValueError as error:
+            problem = str(error)
+        self.problems.append(f"{self._prefix}{name}: {problem}")
+        return None
+
     def boolean(self, name: str) -> bool:
         value = self._document.get(name)
         self.problems += [] if value is None or isinstance(value, bool) else [f"{self._prefix}{name}: is not true or false"]
@@ -1820,11 +1852,21 @@ def _matches(pattern: re.Pattern[str], allowed: str) -> Callable[[str], str | No
 check_deploy_id = _matches(DEPLOY_ID, "1 to 128 of A-Z a-z 0-9 . _ - starting with a letter or digit")
 
 
-def parse_deploy(verified: VerifiedBody, idempotency_key: str | None) -> DeployRequest:
-    """Return the deploy request in a verified body; raise `validation` with every problem at once."""
-    document = parse_json(verified.body)
+def _parse_object(body: bytes) -> dict[str, Any]:
+    document = parse_json(body)
     if not isinstance(document, dict):
         raise HookshotError("validation", "the body is not a JSON object")
+    return document
+
+
+def _refuse_problems(problems: Sequence[str]) -> None:
+    if problems:
+        raise HookshotError("validation", "; ".join(problems[:10]), details="\n".join(problems[:MAX_PROBLEMS]))
+
+
+def parse_deploy(verified: VerifiedBody, idempotency_key: str | None) -> DeployRequest:
+    """Return the deploy request in a verified body; raise `validation` with every problem at once."""
+    document = _parse_object(verified.body)
     fields = _Fields(document, _DEPLOY_FIELDS)
     overrides = _Fields(fields.table("overrides"), ("env",), "overrides.")
     metadata = fields.table("metadata")
@@ -1845,9 +1887,53 @@ def parse_deploy(verified: VerifiedBody, idempotency_key: str | None) -> DeployR
         key_id=verified.key_id,
         message=verified.message)
     problems += overrides.problems
-    if problems:
-        raise HookshotError("validation", "; ".join(problems[:10]), details="\n".join(problems[:MAX_PROBLEMS]))
+    _refuse_problems(problems)
     return request
+
+
+# What may be asked of a deployment or a service that is there: the field that names it, and further fields.
+CONTROLS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cancel": ("deploy_id", ("reason",)),
+    "retry": ("deploy_id", ()),
+    "rollback": ("service", ("to", "reason")),
+    "lock": ("service", ("reason", "for", "owner", "force")),
+    "unlock": ("service", ("owner", "force")),
+}
+MAX_LOCK_S = 366 * 86_400
+MAX_OWNER_CHARS = 128
+
+
+def parse_control(verified: VerifiedBody, action: str, target: str) -> ControlRequest:
+    """Return the control request in a verified body that came for an action and a target, as its path names them.
+
+    The signature does not cover the path: so the body names both too, or what was signed for one could be sent to another.
+    Nor does X-Hub-Signature-256 cover a time: an old `unlock` must not pass a second time. Raises `authentication`, `validation`.
+    """
+    if verified.message is None:
+        raise HookshotError("authentication", "this takes only signatures with a timestamp: the webhook-id, webhook-timestamp and "
+                                              "webhook-signature headers", reason="no_timestamp")
+    name, options = CONTROLS[action]
+    fields = _Fields(_parse_object(verified.body), ("action", name, *options))
+    for field, expected in (("action", action), (name, target)):
+        fields.text(field, _named_by_path(expected), required=True)
+    request = ControlRequest(
+        action=action, target=target, to=fields.text("to", _check_image), reason=fields.text("reason", _check_words) or None,
+        owner=fields.text("owner", _check_owner) or verified.key_id, for_s=fields.duration("for", MAX_LOCK_S), force=fields.boolean("force"),
+        digest=hashlib.sha256(verified.body).hexdigest(), key_id=verified.key_id, message=verified.message)
+    _refuse_problems(fields.problems)
+    return request
+
+
+def _named_by_path(expected: str) -> Callable[[str], str | None]:
+    return lambda value: None if value == expected else f"is not {_show_key(expected)}, which the path names"
+
+
+def _check_words(value: str) -> str | None:
+    return check_request_value(value, may_start_with_dash=True)
+
+
+def _check_owner(value: str) -> str | None:
+    return _check_words(value) or (f"is longer than {MAX_OWNER_CHARS} characters" if len(value) > MAX_OWNER_CHARS else None)
 
 
 def parse_idempotency_key(header: str | None, problems: list[str]) -> str | None:
@@ -1875,7 +1961,8 @@ def parse_wait(query: Mapping[str, str], prefer: str | None) -> int | None:
 
 def render_problem(error: HookshotError, request_id: str, now_ms: int) -> bytes:
     """Return application/problem+json (RFC 9457) with the members of Hookshot 1.0 beside it."""
-    return (f'{_render_failure(error.name, error.sentence, error.details)},'
+    members = _ENCODER.encode(error.members)[1:-1] + "," if error.members else ""
+    return (f'{_render_failure(error.name, error.sentence, error.details)},{members}'
             f'"timestamp":"{render_time(now_ms)}","request_id":"{request_id}"}}\n').encode("utf-8", "replace")
 
 
@@ -2007,6 +2094,7 @@ class Deployment(NamedTuple):
     recoveries: int
     queue_ms: int | None
     clock: str | None  # a clock reading of WORLD: of when it was queued, then of when it started
+    cancel_reason: str | None  # somebody wants it to end as Cancelled while it runs; from then on it moves nowhere else
 
     @property
     def is_terminal(self) -> bool:
@@ -2021,7 +2109,7 @@ def new_deployment(request: DeployRequest, trigger: Trigger, deploy_id: str, at_
         idempotency_key=request.idempotency_key, queued_ms=at_ms, started_ms=None, completed_ms=None, duration_ms=None,
         deploy_ms=None, healthcheck_ms=None, rollback_ms=None, phase=None, step=0, steps_total=0, current_step=None, command_no=0,
         pid=None, pid_started=None, error=None, failure_stage=None, rollback_reason=None, verdict=None,
-        recoveries=0, queue_ms=None, clock=None)
+        recoveries=0, queue_ms=None, clock=None, cancel_reason=None)
 
 
 class Move(NamedTuple):
@@ -2378,6 +2466,8 @@ INTERRUPTED = "the server stopped while it ran"
 
 def judge_interruption(deployment: Deployment, recovery: str, *, can_roll_back: bool) -> Interruption | None:
     """Return the move that follows an interruption, or None to go on with the rollback that was under way."""
+    if deployment.cancel_reason:
+        return Interruption(Outcome.CANCELLED, deployment.cancel_reason)
     if deployment.state is State.ROLLING_BACK:
         if recovery == "fail" or deployment.recoveries >= MAX_RECOVERIES:
             return Interruption(Outcome.FAILED_FOR_GOOD, "the server stopped during the rollback")
@@ -2453,6 +2543,17 @@ class Refused(NamedTuple):
     reason: str | None = None
 
 
+class Controlled(NamedTuple):
+    """A control request was carried out, or refused: who asked for what, and what came of it ("done", "repeated" or a code)."""
+
+    trigger: Trigger
+    action: str
+    service: str | None
+    deploy_id: str | None
+    outcome: str
+    message: str
+
+
 class Broken(NamedTuple):
     """A bug reached a boundary: the work goes on, the trace goes to the log."""
 
@@ -2502,7 +2603,7 @@ class Noted(NamedTuple):
     message: str
 
 
-Event = Accepted | Moved | CommandEnded | Refused | Broken | Reloaded | Notified | Trouble | Noted
+Event = Accepted | Moved | CommandEnded | Refused | Controlled | Broken | Reloaded | Notified | Trouble | Noted
 Publish = Callable[[Event], None]
 
 
@@ -2554,6 +2655,7 @@ METRICS: dict[str, Metric] = {
     "hookshot_ready": Metric("gauge", (), "1 while deploys are accepted, 0 while starting or draining."),
     "hookshot_service_failing": Metric("gauge", ("service",), "1 while the last deployment that ran did not succeed."),
     "hookshot_service_last_deployment_timestamp_seconds": Metric("gauge", ("service",), "When the last deployment ended, unix time."),
+    "hookshot_service_locked": Metric("gauge", ("service",), "1 while the service is locked: deploys of it are refused."),
     "hookshot_workers_alive": Metric("gauge", (), "Workers that live."),
     "hookshot_workers_configured": Metric("gauge", (), "Workers that ought to live (server.worker_threads)."),
     "hookshot_database_size_bytes": Metric("gauge", (), "What the database takes on disk, its write-ahead log included."),
@@ -2962,6 +3064,14 @@ def free_bytes(path: str) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def own_user() -> str:
+    """Return the name of the user that this process runs as, or the number of one that has none."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
 def find_account(user: str | None, group: str | None) -> Account | None:
     """Return the identity for a service's user and group, or None for the server's own; ValueError if unknown."""
     if user is None and group is None:
@@ -3156,6 +3266,8 @@ LOG_EVENTS: dict[str, str] = {
     "command_ended": "a command or probe has ended (debug, or warning if it failed)",
     "record_waiting": "a deployment cannot be recorded yet: the disk is full or the database locked",
     "queue_unreadable": "the queue of deployments cannot be read",
+    "control": "somebody asked to cancel, retry, roll back, lock or unlock; `outcome` says what came of it",
+    "lock_expired": "the time of a lock is over",
     "request_refused": "a request was answered with an error",
     "requests_refused": "how many more of one kind were refused in a minute",
     "proxy_not_believed": "a neighbour sends forwarding headers, and is no trusted proxy",
@@ -3496,6 +3608,13 @@ def _log_refused(log: Log, event: Refused) -> None:
               code=event.code)
 
 
+def _log_controlled(log: Log, event: Controlled) -> None:
+    trigger = event.trigger
+    log.write("info" if event.outcome in ("done", "repeated") else "warning", "control", f"{event.action}: {event.message}", action=event.action,
+              outcome=event.outcome, deploy_id=event.deploy_id, service=event.service, address=trigger.address, key_id=trigger.key_id,
+              user_agent=trigger.user_agent, request_id=trigger.request_id)
+
+
 def _log_broken(log: Log, event: Broken) -> None:
     try:
         import traceback  # only a bug needs it
@@ -3517,8 +3636,8 @@ def _log_notified(log: Log, event: Notified) -> None:
 
 
 _LINES: dict[type, Callable[[Log, Any], None]] = {
-    Accepted: _log_accepted, Moved: _log_moved, CommandEnded: _log_command_ended, Refused: _log_refused, Broken: _log_broken,
-    Reloaded: _log_reloaded, Notified: _log_notified,
+    Accepted: _log_accepted, Moved: _log_moved, CommandEnded: _log_command_ended, Refused: _log_refused, Controlled: _log_controlled,
+    Broken: _log_broken, Reloaded: _log_reloaded, Notified: _log_notified,
     Trouble: lambda log, event: log.write(event.level, event.event, event.message, deploy_id=event.deploy_id, request_id=event.request_id),
     Noted: lambda log, event: log.write("info", event.event, event.message),
 }
@@ -3606,6 +3725,12 @@ MIGRATIONS: tuple[str, ...] = (
         created_ms INTEGER NOT NULL, clock TEXT, attempts INTEGER NOT NULL DEFAULT 0);
     CREATE INDEX outbox_by_deployment ON outbox (channel, seq, id);
     """,
+    # A wish to cancel stands in the row of what runs, so that it outlives the server.
+    """
+    ALTER TABLE deployments ADD COLUMN cancel_reason TEXT;
+    CREATE TABLE locks (
+        service TEXT PRIMARY KEY, owner TEXT NOT NULL, reason TEXT, since_ms INTEGER NOT NULL, until_ms INTEGER, clock TEXT) WITHOUT ROWID;
+    """,
 )
 
 _COLUMNS = ", ".join(Deployment._fields)
@@ -3613,14 +3738,14 @@ _MOVE_COLUMNS = "m.id, m.previous, m.state, m.at_ms, m.reason, " + ", ".join(f"d
 _UPDATE = (
     "UPDATE deployments SET state=?, previous_image=?, started_ms=?, completed_ms=?, duration_ms=?, deploy_ms=?, healthcheck_ms=?, "
     "rollback_ms=?, phase=?, step=?, steps_total=?, current_step=?, command_no=?, pid=?, pid_started=?, error=?, failure_stage=?, "
-    "rollback_reason=?, verdict=?, recoveries=?, queue_ms=?, clock=? WHERE seq=? AND state=?")
+    "rollback_reason=?, verdict=?, recoveries=?, queue_ms=?, clock=? WHERE seq=? AND state=? AND cancel_reason IS ?")
 _CLAIM = (
     f"SELECT {_COLUMNS}, (SELECT current_image FROM services WHERE name=q.service) FROM deployments AS q "
     "WHERE completed_ms IS NULL AND state='Queued' "
     f"AND (SELECT count(*) FROM deployments AS a WHERE a.completed_ms IS NULL AND a.state IN ({_ACTIVE_SQL})) < ? "
     f"AND (SELECT count(*) FROM deployments AS a WHERE a.completed_ms IS NULL AND a.state IN ({_ACTIVE_SQL}) AND a.service=q.service) < ? "
     "ORDER BY seq LIMIT 1")
-# How each ending changes what is known of a service. "Cancelled" ran nothing, so it changes neither health nor image.
+# How each ending changes what is known of a service. "Cancelled" changes it only if something ran: then nobody knows.
 _HEALTH_OF_STATE = {State.SUCCEEDED: "Healthy", State.FAILED: "Unhealthy", State.ROLLED_BACK: "Degraded",
                     State.ROLLBACK_FAILED: "Unhealthy"}
 _SENTENCE_OF_SQLITE_ERROR = {
@@ -3690,6 +3815,50 @@ class Submission(NamedTuple):
     superseded: tuple[Deployment, ...] = ()
     can_start: bool = False
     claimed: Deployment | None = None
+
+
+class Lock(NamedTuple):
+    """Who keeps deploys away from a service, why, since when and until when (None: until somebody unlocks it)."""
+
+    service: str
+    owner: str
+    reason: str | None
+    since_ms: int
+    until_ms: int | None
+    clock: str | None
+
+    def left_ms(self, clock: str | None, at_ms: int) -> int | None:
+        """Return how long it still holds: measured, so that a clock that is put forward or back changes nothing."""
+        if self.until_ms is None:
+            return None
+        return self.until_ms - self.since_ms - elapsed_ms(self.clock, clock, wall_ms=at_ms - self.since_ms)
+
+
+class CancelWanted(Exception):
+    """A deployment was not moved or written, because somebody wants it to end as Cancelled: `reason`."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class LockChange(NamedTuple):
+    """What became of a request to lock or unlock: the lock that there is now, and whether the same message came before."""
+
+    lock: Lock | None
+    is_repeated: bool
+
+
+def render_lock(lock: Lock) -> dict[str, str | None]:
+    """Return a lock as answers have it."""
+    return {"owner": lock.owner, "reason": lock.reason, "since": render_time(lock.since_ms), "until": render_time(lock.until_ms)}
+
+
+def _locked(lock: Lock, left_ms: int | None) -> HookshotError:
+    until = f" until {render_time(lock.until_ms)}" if lock.until_ms is not None else ""
+    reason = f": {lock.reason}" if lock.reason else ""
+    return HookshotError("service_locked", f"service {lock.service} is locked by {lock.owner}{until}{reason}", members={"lock": render_lock(lock)},
+                         retry_after_s=None if left_ms is None else left_ms // 1000 + 1)
 
 
 class ServiceRecord(NamedTuple):
@@ -3876,12 +4045,12 @@ class Store:
     # --- accepting
 
     def submit(self, request: DeployRequest, trigger: Trigger, at_ms: int, *, limits: Limits, on_busy: str,
-               may_claim: bool = False) -> Submission:
+               may_claim: bool = False, reason: str = "accepted", ignores_lock: bool = False) -> Submission:
         """Put a deployment in the queue, durably, or return the one with the same id and body.
 
         With `may_claim` the queue's next deployment is taken in the same transaction: one fsync instead of two.
 
-        Raises `conflict` for the same id with another body, `busy` when the service's rules say so, `disk_full`.
+        Raises `conflict` for the same id with another body, `service_locked`, `busy` when the service's rules say so, `disk_full`.
         """
         if self._damage:
             raise self._damage
@@ -3891,13 +4060,16 @@ class Store:
             raise HookshotError("storage", f"the data directory cannot be used: {error.strerror}") from None
         if free < DISK_RESERVE_BYTES:
             raise HookshotError("disk_full", f"less than {render_size(DISK_RESERVE_BYTES)} are free for {self._folder}; free some space")
-        return self._write(lambda db: self._submit(db, request, trigger, at_ms, limits, on_busy, may_claim), durable=True)
+        return self._write(lambda db: self._submit(db, request, trigger, at_ms, limits, on_busy, may_claim, reason, ignores_lock), durable=True)
 
     def _submit(self, db: sqlite3.Connection, request: DeployRequest, trigger: Trigger, at_ms: int, limits: Limits,
-                on_busy: str, may_claim: bool) -> Submission:
-        if existing := self._find_same(db, request) or self._find_message(db, request):
-            self._remember_message(db, request, existing.deploy_id, at_ms)
+                on_busy: str, may_claim: bool, reason: str, ignores_lock: bool) -> Submission:
+        service = request.service
+        if existing := self._find_same(db, request) or self._find_message(db, service, request):
+            self._remember_message(db, service, request, existing.deploy_id, at_ms)
             return Submission(existing, False, None)
+        if not ignores_lock:
+            self._refuse_locked(db, service, at_ms)
         counts = dict(db.execute("SELECT state, count(*) FROM deployments WHERE completed_ms IS NULL AND service=? GROUP BY state",
                                  (request.service,)).fetchall())
         queued = counts.pop(State.QUEUED, 0)
@@ -3917,8 +4089,8 @@ class Store:
              json.dumps(deployment.metadata), json.dumps(deployment.env), json.dumps(trigger), deployment.digest,
              deployment.idempotency_key, at_ms, deployment.clock))
         deployment = deployment._replace(seq=cursor.lastrowid or 0)
-        self._remember_message(db, request, deployment.deploy_id, at_ms)
-        self._add_move(db, None, deployment, at_ms, "accepted")
+        self._remember_message(db, service, request, deployment.deploy_id, at_ms)
+        self._add_move(db, None, deployment, at_ms, reason)
         # While the service is busy nobody need be woken: writes are serial, so whoever frees the place will find this row.
         can_start = sum(counts.values()) < limits.max_concurrent_per_service
         claimed = self._claim(db, at_ms, limits) if can_start and may_claim else None
@@ -3938,31 +4110,143 @@ class Store:
         return None
 
     @staticmethod
-    def _find_message(db: sqlite3.Connection, request: DeployRequest) -> Deployment | None:
-        """Return what a signed message started when it came before."""
+    def _recall(db: sqlite3.Connection, service: str, request: DeployRequest | ControlRequest) -> str | None:
+        """Return the id of the deployment that a signed message was about when it came before ("" for none), or None."""
         message_id = request.message.id if request.message else ""
-        row = db.execute("SELECT digest, deploy_id FROM messages WHERE service=? AND id=?", (request.service, message_id)).fetchone()
-        if not row:
-            return None
-        if row[0] != request.digest:
+        row = db.execute("SELECT digest, deploy_id FROM messages WHERE service=? AND id=?", (service, message_id)).fetchone()
+        if row and row[0] != request.digest:
             raise HookshotError("conflict", f"webhook-id {clip(message_id, 128)} belongs to another message; choose a new one")
-        found = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE deploy_id=?", (row[1],)).fetchone()
+        return row and row[1]
+
+    @classmethod
+    def _find_message(cls, db: sqlite3.Connection, service: str, request: DeployRequest | ControlRequest) -> Deployment | None:
+        """Return what a signed message started, or was about, when it came before."""
+        deploy_id = cls._recall(db, service, request)
+        if deploy_id is None:
+            return None
+        found = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE deploy_id=?", (deploy_id,)).fetchone()
         if not found:
-            raise HookshotError("conflict", f"this message was accepted before, as deployment {row[1]}, which is beyond its retention")
+            raise HookshotError("conflict", f"this message was accepted before, as deployment {deploy_id}, which is beyond its retention")
         return _deployment_of(found)
 
     @staticmethod
-    def _remember_message(db: sqlite3.Connection, request: DeployRequest, deploy_id: str, at_ms: int) -> None:
+    def _remember_message(db: sqlite3.Connection, service: str, request: DeployRequest | ControlRequest, deploy_id: str, at_ms: int) -> None:
         if request.message:
             db.execute("INSERT INTO messages (service, id, digest, deploy_id, expires_ms) VALUES (?, ?, ?, ?, ?) "
                        # It was signed anew: from now on this signature could be repeated.
                        "ON CONFLICT (service, id) DO UPDATE SET expires_ms=max(expires_ms, excluded.expires_ms)",
-                       (request.service, request.message.id, request.digest, deploy_id, max(request.message.expires_ms, at_ms + _MESSAGES_KEPT_MS)))
+                       (service, request.message.id, request.digest, deploy_id, max(request.message.expires_ms, at_ms + _MESSAGES_KEPT_MS)))
 
     def _supersede(self, db: sqlite3.Connection, service: str, at_ms: int) -> tuple[Deployment, ...]:
         rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE completed_ms IS NULL AND state='Queued' AND service=? "
                           "ORDER BY seq", (service,)).fetchall()
         return tuple(self._move(db, _deployment_of(row), Outcome.CANCELLED, "superseded by a newer deployment", at_ms) for row in rows)
+
+    # --- control
+
+    def find_repeated(self, service: str, control: ControlRequest) -> Deployment | None:
+        """Return the deployment that a control message made when it came before; raise `conflict` if it was another message."""
+        with self._reader() as db:
+            return self._find_message(db, service, control)
+
+    def find_good(self, service: str, image: str | None = None) -> Deployment | None:
+        """Return the newest deployment that succeeded: with this image, or with another than the current one."""
+        if image is not None:
+            clause, values = "AND image=?", (service, image)
+        else:
+            clause, values = "AND image IS NOT (SELECT current_image FROM services WHERE name=?)", (service, service)
+        found = self._select(f"WHERE completed_ms IS NOT NULL AND service=? AND state='Succeeded' {clause} ORDER BY seq DESC LIMIT 1", values)
+        return next(iter(found), None)
+
+    def cancel(self, control: ControlRequest, reason: str, at_ms: int) -> tuple[Deployment, bool]:
+        """End a queued deployment as Cancelled, or note in the row of a running one that it shall end so; durably.
+
+        Returns it as it is then, and whether the same message came before. Raises `deployment_not_found`, and `not_possible`
+        for one that has ended, or that fails already: its rollback and its hooks are not cut short.
+        """
+        return self._write(lambda db: self._cancel(db, control, reason, at_ms), durable=True)
+
+    def _cancel(self, db: sqlite3.Connection, control: ControlRequest, reason: str, at_ms: int) -> tuple[Deployment, bool]:
+        row = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE deploy_id=?", (control.target,)).fetchone()
+        if not row:
+            raise HookshotError("deployment_not_found", f"there is no deployment {control.target} any more")
+        found = _deployment_of(row)
+        if self._recall(db, found.service, control) is not None:
+            return found, True
+        if found.is_terminal:
+            raise HookshotError("not_possible", f"deployment {found.deploy_id} has ended already: {found.state}")
+        if Outcome.CANCELLED not in TRANSITIONS[found.state] or found.verdict:
+            raise HookshotError("not_possible", f"deployment {found.deploy_id} cannot be cancelled any more: it has failed and "
+                                                f"{'is rolled back' if found.state is State.ROLLING_BACK else 'its on_failure hooks run'}")
+        self._remember_message(db, found.service, control, found.deploy_id, at_ms)
+        if found.state is State.QUEUED:
+            return self._move(db, found, Outcome.CANCELLED, reason, at_ms, error=reason), False
+        # Whoever came first is the one that it says.
+        db.execute("UPDATE deployments SET cancel_reason=coalesce(cancel_reason, ?) WHERE seq=?", (reason, found.seq))
+        return found._replace(cancel_reason=found.cancel_reason or reason), False
+
+    def lock(self, control: ControlRequest, at_ms: int) -> LockChange:
+        """Lock a service, or change the lock of the same owner, durably; raise `service_locked` if it is another's, unless forced."""
+        def work(db: sqlite3.Connection) -> LockChange:
+            service, before = control.target, self._find_lock(db, control.target, at_ms)
+            if self._recall(db, service, control) is not None:
+                return LockChange(before, True)
+            if before and before.owner != control.owner and not control.force:
+                raise _locked(before, before.left_ms(self._clock(), at_ms))
+            lock = Lock(service, control.owner, control.reason, at_ms, control.for_s and at_ms + control.for_s * 1000, self._clock())
+            db.execute("INSERT OR REPLACE INTO locks (service, owner, reason, since_ms, until_ms, clock) VALUES (?, ?, ?, ?, ?, ?)", lock)
+            self._remember_message(db, service, control, "", at_ms)
+            return LockChange(lock, False)
+
+        return self._write(work, durable=True)
+
+    def unlock(self, control: ControlRequest, at_ms: int) -> LockChange:
+        """Unlock a service, durably; raise `service_locked` if the lock is another owner's, unless forced."""
+        def work(db: sqlite3.Connection) -> LockChange:
+            service, before = control.target, self._find_lock(db, control.target, at_ms)
+            if self._recall(db, service, control) is not None:
+                return LockChange(before, True)
+            if before and before.owner != control.owner and not control.force:
+                raise _locked(before, before.left_ms(self._clock(), at_ms))
+            db.execute("DELETE FROM locks WHERE service=?", (service,))
+            self._remember_message(db, service, control, "", at_ms)
+            return LockChange(None, False)
+
+        return self._write(work, durable=True)
+
+    def _refuse_locked(self, db: sqlite3.Connection, service: str, at_ms: int) -> None:
+        if lock := self._find_lock(db, service, at_ms):
+            raise _locked(lock, lock.left_ms(self._clock(), at_ms))
+
+    def _find_lock(self, db: sqlite3.Connection, service: str, at_ms: int) -> Lock | None:
+        row = db.execute("SELECT service, owner, reason, since_ms, until_ms, clock FROM locks WHERE service=?", (service,)).fetchone()
+        lock = row and Lock(*row)
+        return lock if lock and self._holds(lock, at_ms) else None
+
+    def _holds(self, lock: Lock, at_ms: int) -> bool:
+        left_ms = lock.left_ms(self._clock(), at_ms)
+        return left_ms is None or left_ms > 0
+
+    def locks(self, at_ms: int) -> dict[str, Lock]:
+        """Return the locks that hold, by service."""
+        with self._reader() as db:
+            rows = db.execute("SELECT service, owner, reason, since_ms, until_ms, clock FROM locks").fetchall()
+        return {lock.service: lock for lock in map(Lock._make, rows) if self._holds(lock, at_ms)}
+
+    def expire_locks(self, at_ms: int) -> tuple[Lock, ...]:
+        """Remove the locks whose time is over; return them."""
+        with self._reader() as db:
+            rows = db.execute("SELECT service, owner, reason, since_ms, until_ms, clock FROM locks WHERE until_ms IS NOT NULL").fetchall()
+        over = [lock for lock in map(Lock._make, rows) if not self._holds(lock, at_ms)]
+        if not over:
+            return ()
+
+        def work(db: sqlite3.Connection) -> tuple[Lock, ...]:
+            # One that was renewed meanwhile is another.
+            return tuple(lock for lock in over if db.execute("DELETE FROM locks WHERE service=? AND since_ms=? AND until_ms IS ?",
+                                                             (lock.service, lock.since_ms, lock.until_ms)).rowcount)
+
+        return self._write(work, durable=False)
 
     # --- carrying out
 
@@ -4014,8 +4298,11 @@ class Store:
             after.state, after.previous_image, after.started_ms, after.completed_ms, after.duration_ms, after.deploy_ms,
             after.healthcheck_ms, after.rollback_ms, after.phase, after.step, after.steps_total, after.current_step,
             after.command_no, after.pid, after.pid_started, after.error, after.failure_stage, after.rollback_reason,
-            after.verdict, after.recoveries, after.queue_ms, after.clock, after.seq, before.state))
+            after.verdict, after.recoveries, after.queue_ms, after.clock, after.seq, before.state, before.cancel_reason))
         if cursor.rowcount != 1:
+            row = db.execute("SELECT state, cancel_reason FROM deployments WHERE seq=?", (before.seq,)).fetchone()
+            if row and row[0] == before.state and row[1] and before.cancel_reason is None:
+                raise CancelWanted(row[1])
             raise RuntimeError(f"deployment {before.deploy_id} is no longer {before.state}")
 
     @staticmethod
@@ -4034,7 +4321,8 @@ class Store:
         column = COUNT_OF_STATE[ended.state]
         image = {State.SUCCEEDED: ended.image, State.ROLLED_BACK: ended.previous_image}.get(ended.state)
         failed_ms = ended.completed_ms if ended.state in (State.FAILED, State.ROLLED_BACK, State.ROLLBACK_FAILED) else None
-        health = _HEALTH_OF_STATE.get(ended.state)
+        ran = ended.state in _HEALTH_OF_STATE
+        health = _HEALTH_OF_STATE[ended.state] if ran else "Unknown" if ended.started_ms else None
         db.execute(f"INSERT INTO services (name, {column}, last_deploy_id, last_status, last_completed_ms, current_image, last_failure_ms, "
                    "health, duration_ms) VALUES (?, 1, ?, ?, ?, ?, ?, coalesce(?, 'Unknown'), ?) ON CONFLICT (name) DO UPDATE SET "
                    f"{column}={column}+1, last_deploy_id=excluded.last_deploy_id, last_status=excluded.last_status, "
@@ -4042,7 +4330,7 @@ class Store:
                    "last_failure_ms=coalesce(excluded.last_failure_ms, last_failure_ms), health=coalesce(?, health), "
                    "duration_ms=duration_ms+excluded.duration_ms",
                    (ended.service, ended.deploy_id, ended.state, ended.completed_ms, image, failed_ms, health,
-                    ended.duration_ms or 0 if health else 0, health))
+                    ended.duration_ms or 0 if ran else 0, health))
 
     def note_progress(self, deployment: Deployment, results: Sequence[NumberedResult] = (), moved: tuple[State, Move] | None = None) -> None:
         """Record which command runs now and as which process, so that a restart can find what is left of it.
@@ -4495,7 +4783,7 @@ _TAIL_BYTES = 256 << 10
 
 
 class StopToken:
-    """Asks one worker to stop what it runs; can be waited for, also in poll()."""
+    """Asks a worker to stop what it runs; can be waited for, also in poll()."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK) if hasattr(os, "pipe2") else os.pipe()
@@ -4506,7 +4794,7 @@ class StopToken:
         return self._read
 
     def set(self, reason: str) -> None:
-        """Ask once: "shutdown" lets a command clean up, "now" kills it. Any thread."""
+        """Ask: "shutdown" and "cancel" let a command clean up, "now" kills it. Any thread."""
         self.reason = "now" if self.reason == "now" else reason
         with contextlib.suppress(OSError):
             os.write(self._write, b"!")
@@ -5739,6 +6027,7 @@ def sample_notice() -> Notice:
 # 1. One worker thread per running deployment; what may run is decided by STORE's claim alone.
 # 2. Every fact is stored first and published then. A deployment's record waits for a full disk to have room again.
 # 3. A worker that is stopped leaves the deployment in its state; the next start finds it there and recovers it.
+# 4. Who cancels what runs writes so into its row first: then no move but to Cancelled is possible. The worker is told after that.
 
 _RETRY_STORAGE_S = 1.0
 # No event is ever missed; this only bounds the harm if that were wrong.
@@ -5812,15 +6101,18 @@ class Waiters:
 
 
 class _Interrupted(Exception):
-    """The worker was asked to stop; the deployment stays as it is."""
+    """The job was asked to stop: it is cancelled, or the server stops and the deployment stays as it is."""
 
 
 class _Job:
     """One deployment in the hands of one worker, from its claim to its end."""
 
-    def __init__(self, engine: "Engine", deployment: Deployment, current: Current, stop: StopToken):
+    def __init__(self, engine: "Engine", deployment: Deployment, current: Current, shutdown: StopToken):
         self._engine, self._store, self._publish = engine, engine.store, engine.publish
-        self._deployment, self._current, self._stop = deployment, current, stop
+        self._deployment, self._current = deployment, current
+        # A cancelled deployment still has its end to write, so the worker itself is stopped by another token.
+        self._stop, self._shutdown = StopToken(), shutdown
+        self._wish: str | None = None
         self._service = current.services.by_name.get(deployment.service)
         self._log = DeploymentLog(engine.store.log_path(deployment), current.config.limits.max_output)
         self._started = time.monotonic()
@@ -5832,8 +6124,21 @@ class _Job:
         self._unwritten_results: list[NumberedResult] = []
         self._unwritten_move: tuple[State, Move] | None = None
 
+    def cancel(self, reason: str) -> None:
+        """Have it stopped and ended as Cancelled; its row says so already. Any thread."""
+        self._wish = reason
+        self._stop.set("cancel")
+
+    def stop(self, reason: str) -> None:
+        """Have it stopped and left as it is, because the server stops. Any thread."""
+        self._stop.set(reason)
+
+    def close(self) -> None:
+        """Give back what it held; nobody may stop it any more."""
+        self._stop.close()
+
     def carry_out(self, *, is_interrupted: bool = False) -> Deployment | None:
-        """Take the deployment to its end, and return the next one, claimed with that; _Interrupted if stopped."""
+        """Take the deployment to its end, and return the next one, claimed with that; _Interrupted if the server stops."""
         steps = {State.VALIDATING: self._validate, State.DEPLOYING: self._deploy, State.HEALTH_CHECKING: self._check_health,
                  State.ROLLING_BACK: self._roll_back}
         try:
@@ -5841,20 +6146,40 @@ class _Job:
                 self._recover()
             while self._deployment.state in steps:
                 steps[self._deployment.state]()
+        except CancelWanted as wish:
+            self._end_cancelled(wish.reason)
         except _Interrupted:
-            self._log.note("engine", "stopped by the server's shutdown; the next start recovers it")
-            with contextlib.suppress(HookshotError):
-                self._write_progress()
-            raise
+            if self._wish:
+                self._end_cancelled(self._wish)
+            else:
+                self._leave()
+                raise
         except Exception as error:
             # A bug must not leave a deployment without a worker: it would hold its service's place for ever.
             self._publish(Broken("deployment", error, self._deployment.trigger.request_id, self._deployment.deploy_id))
             self._unwritten_results.clear()
-            self._move(Outcome.FAILED_FOR_GOOD, "the server made a mistake; its log has more", error="internal error",
-                       duration_ms=self._duration_ms(now_ms()))
+            try:
+                self._move(Outcome.FAILED_FOR_GOOD, "the server made a mistake; its log has more", error="internal error",
+                           duration_ms=self._duration_ms(now_ms()))
+            except CancelWanted as wish:
+                self._end_cancelled(wish.reason)
         finally:
             self._log.close()
         return self._next
+
+    def _leave(self) -> None:
+        """Leave the deployment to the next start; one that is cancelled at this moment has its wish in its row."""
+        self._log.note("engine", "stopped by the server's shutdown; the next start recovers it")
+        with contextlib.suppress(HookshotError, CancelWanted):
+            self._write_progress()
+
+    def _end_cancelled(self, reason: str) -> None:
+        """End as Cancelled: nothing more runs, no hook either, and nothing is rolled back."""
+        self._log.note("engine", f"ending as {State.CANCELLED}: {reason}")
+        self._log.close()
+        self._deployment = self._deployment._replace(cancel_reason=reason)
+        self._move(Outcome.CANCELLED, reason, claims_next=True, error=reason, failure_stage=None, verdict=None,
+                   duration_ms=self._duration_ms(now_ms()))
 
     def _recover(self) -> None:
         """Go on with a deployment that an earlier server left half-way, as its service's `recovery` says."""
@@ -5864,10 +6189,12 @@ class _Job:
         recovery = self._service.recovery if self._service else "fail"
         verdict = judge_interruption(deployment, recovery, can_roll_back=bool(self._plan and self._plan.can_roll_back))
         self._deployment = deployment._replace(recoveries=deployment.recoveries + 1, pid=None, pid_started=None)
-        if deployment.verdict:
+        if deployment.verdict and not deployment.cancel_reason:
             self._end(Outcome(deployment.verdict), deployment.error or "it failed", error=deployment.error)
         elif verdict is None:
             self._persist(self._write_progress)
+        elif verdict.outcome is Outcome.CANCELLED:
+            self._end_cancelled(verdict.reason)
         elif verdict.outcome is Outcome.RETRIED:
             self._move(Outcome.RETRIED, verdict.reason, phase=None, step=0, current_step=None)
         elif deployment.state is State.ROLLING_BACK:
@@ -6029,7 +6356,7 @@ class _Job:
                 if tries == 0:
                     self._publish(Trouble("record_waiting", f"it waits to be recorded: {error.sentence}", self._deployment.deploy_id,
                                           self._deployment.trigger.request_id))
-            if self._stop.wait(_RETRY_STORAGE_S):
+            if self._shutdown.wait(_RETRY_STORAGE_S):
                 raise _Interrupted
 
     # --- running
@@ -6057,8 +6384,14 @@ class _Job:
     def _is_late(self) -> bool:
         return time.monotonic() >= self._deadline
 
+    def _heed_stop(self) -> None:
+        """Start nothing more once it was asked to stop."""
+        if self._stop.reason:
+            raise _Interrupted
+
     def _run_once(self, command: Command, attempt: int, status: str, error: str) -> Result:
         plan = self._need_plan()
+        self._heed_stop()
         if self._unwritten_results:
             # A crash from here on must not take what an ended command left behind for a part of this one.
             self._persist(self._write_progress)
@@ -6083,8 +6416,9 @@ class _Job:
 
     def _note_running(self, pid: int) -> None:
         self._deployment = self._deployment._replace(pid=pid, pid_started=birth_now())
-        with contextlib.suppress(HookshotError):
+        with contextlib.suppress(HookshotError, CancelWanted):
             # The disk may be full: then the command runs on unrecorded, and recovery finds it by its environment.
+            # It may be cancelled at this moment: then it will be told to stop, with time to clean up.
             self._write_progress()
         self._log.flush()
 
@@ -6123,6 +6457,7 @@ class _Job:
             if not result.is_ok and command.critical:
                 return result
         for step, check in enumerate(plan.checks, len(plan.commands[Phase.HEALTHCHECK]) + 1):
+            self._heed_stop()
             self._deployment = self._deployment._replace(step=step, command_no=self._deployment.command_no + 1, current_step=kind_of(check))
             result = self._record(run_check(check, step))
             if not result.is_ok:
@@ -6158,12 +6493,16 @@ class Engine:
         self._handed: collections.deque[Deployment] = collections.deque()
         self._interrupted: collections.deque[Deployment] = collections.deque()
         self._workers: list[tuple[threading.Thread, StopToken]] = []
+        # What the workers have in hand, and wishes to cancel what is claimed but in no worker's hand yet; both by deploy_id.
+        self._jobs_lock = threading.Lock()
+        self._jobs: dict[str, _Job] = {}
+        self._wishes: dict[str, str] = {}
         self._untidy: set[str] = set()
         self._logs_pruned = 0.0
 
     # --- what callers see
 
-    def submit(self, request: DeployRequest, trigger: Trigger, on_busy: str) -> Submission:
+    def submit(self, request: DeployRequest, trigger: Trigger, on_busy: str, *, reason: str = "accepted", ignores_lock: bool = False) -> Submission:
         """Queue a checked request; when this returns it is on disk."""
         if self.is_draining:
             raise HookshotError("shutting_down", "the server is shutting down; try again when it is back")
@@ -6173,7 +6512,7 @@ class Engine:
         claimed = None
         try:
             submission = self.store.submit(request, trigger, now_ms(), limits=self.current().config.limits, on_busy=on_busy,
-                                           may_claim=has_worker)
+                                           may_claim=has_worker, reason=reason, ignores_lock=ignores_lock)
             claimed = submission.claimed
             self.publish(Accepted(submission.deployment, submission.created, trigger))
         finally:
@@ -6191,6 +6530,28 @@ class Engine:
         for deployment in submission.superseded:
             self.publish(Moved(deployment, State.QUEUED, "superseded by a newer deployment"))
         return submission
+
+    def cancel(self, control: ControlRequest, reason: str) -> tuple[Deployment, bool]:
+        """Cancel a queued deployment, or have a running one stopped; when this returns that is on disk.
+
+        Returns it as it is then, and whether the same message came before.
+        """
+        deployment, is_repeated = self.store.cancel(control, reason, now_ms())
+        if is_repeated:
+            return deployment, True
+        if deployment.is_terminal:
+            self.publish(Moved(deployment, State.QUEUED, reason))
+            return deployment, False
+        with self._jobs_lock:
+            if job := self._jobs.get(deployment.deploy_id):
+                job.cancel(deployment.cancel_reason or reason)
+            else:
+                self._wishes[deployment.deploy_id] = deployment.cancel_reason or reason
+        if not job and (latest := self.store.get(deployment.deploy_id)) and latest.is_terminal:
+            # Its last move found the wish in the row.
+            with self._jobs_lock:
+                self._wishes.pop(deployment.deploy_id, None)
+        return deployment, False
 
     def may_claim_next(self) -> bool:
         """Return whether a worker may claim with its last move: not before those that were claimed or begun already."""
@@ -6252,6 +6613,10 @@ class Engine:
         for thread, stop in self._workers:
             if thread.is_alive():
                 stop.set(reason)
+        # After the workers: one that takes a deployment in hand from here on looks at its own token.
+        with self._jobs_lock:
+            for job in self._jobs.values():
+                job.stop(reason)
 
     # --- one worker
 
@@ -6280,12 +6645,29 @@ class Engine:
         deployment = deployment or self._take_handed()
         if deployment is None and not self.is_draining:
             with contextlib.suppress(IndexError):
-                return _Job(self, self._interrupted.popleft(), self.current(), stop).carry_out(is_interrupted=True)
+                return self._carry_out(self._interrupted.popleft(), stop, is_interrupted=True)
             deployment = self._claim()
         if deployment is None:
             self._rest()
             return None
-        return _Job(self, deployment, self.current(), stop).carry_out()
+        return self._carry_out(deployment, stop)
+
+    def _carry_out(self, deployment: Deployment, stop: StopToken, *, is_interrupted: bool = False) -> Deployment | None:
+        """Take a deployment in hand, where it can be stopped, until it has ended."""
+        job = _Job(self, deployment, self.current(), stop)
+        with self._jobs_lock:
+            self._jobs[deployment.deploy_id] = job
+            wish = self._wishes.pop(deployment.deploy_id, None)
+        if wish:
+            job.cancel(wish)
+        if stop.reason:
+            job.stop(stop.reason)
+        try:
+            return job.carry_out(is_interrupted=is_interrupted)
+        finally:
+            with self._jobs_lock:
+                del self._jobs[deployment.deploy_id]
+            job.close()
 
     def _claim(self) -> Deployment | None:
         deployment = self.store.claim(now_ms(), limits=self.current().config.limits)
@@ -6317,6 +6699,8 @@ class Engine:
         config = self.current().config
         for deployment in self.store.expire(now_ms(), lock_timeout_s=config.limits.lock_timeout):
             self.publish(Moved(deployment, State.QUEUED, deployment.error or "expired"))
+        for lock in self.store.expire_locks(now_ms()):
+            self.publish(Noted("lock_expired", f"the lock of {lock.owner} on service {lock.service} is over"))
         for service in [self._untidy.pop() for _ in range(len(self._untidy))]:
             for _ in range(_PRUNE_BATCHES):
                 if not self.store.prune(service, config.storage.retention):
@@ -6364,6 +6748,8 @@ def find_leftovers(deployments: Iterable[Deployment], store_id: str) -> list[int
 # 4. Answers say what the database says; nothing is made up and no history is scanned.
 
 MAX_WAIT_S = 3600
+# A cancelled command has KILL_AFTER_S to clean up; whoever cancelled is told sooner that it stops.
+_CANCEL_WAIT_S = 3
 _FOLLOW_PAUSE_S = 0.1
 _HEARTBEAT_S = 15.0
 # How long one request may take to make a new health report before another one tries.
@@ -6922,28 +7308,41 @@ def handle_deploy(app: App, request: Request) -> Response:
     _check_media_type(request)
     deploy = parse_deploy(verified, request.headers.get("idempotency-key"))
     wait_s = parse_wait(request.query, request.headers.get("prefer"))
-    service = _service_for(current, deploy)
+    service = _service_for(current, deploy.service, deploy.key_id)
     check_request(service, deploy)
-    trigger = Trigger(render_peer(client_address(request, current.config.security.trusted_proxies)), deploy.key_id,
-                      _plain_text(request.headers.get("user-agent")), request.request_id)
+    trigger = _trigger_of(current, request, deploy.key_id)
     draft = new_deployment(deploy, trigger, deploy.deploy_id or new_deploy_id(now_ms()), now_ms())
     if deploy.dry_run:
         return _answer_plan(app, service, draft)
     build_plan(service, draft, current.config.limits, {}, None)
     submission = app.engine.submit(deploy, trigger, service.on_busy or "queue")
-    if wait_s is None and current.config.server.deploy_response == "completed":
-        wait_s = MAX_WAIT_S
-    return _answer_submission(app, request, submission, wait_s)
+    return _answer_submission(app, request, submission, _wait_of(current, wait_s))
 
 
-def _service_for(current: Current, deploy: DeployRequest) -> Service:
+def _wait_of(current: Current, wait_s: int | None) -> int | None:
+    """Return how long an answer waits for the end of a deployment, where the caller may not have said so."""
+    return MAX_WAIT_S if wait_s is None and current.config.server.deploy_response == "completed" else wait_s
+
+
+def _trigger_of(current: Current, request: Request, key_id: str) -> Trigger:
+    return Trigger(render_peer(client_address(request, current.config.security.trusted_proxies)), key_id,
+                   _plain_text(request.headers.get("user-agent")), request.request_id)
+
+
+def _service_for(current: Current, name: str, key_id: str) -> Service:
     """Return the service, if the key that signed may deploy it."""
-    service = current.services.by_name.get(deploy.service)
-    if deploy.key_id not in current.config.security.hmac_keys and not (service and deploy.key_id in service.security.hmac_keys):
-        raise HookshotError("authentication", "the signature is missing or wrong", reason="other_service")
+    _check_key(current, name, key_id)
+    service = current.services.by_name.get(name)
     if not service:
-        raise HookshotError("service_not_found", f"there is no service {deploy.service}")
+        raise HookshotError("service_not_found", f"there is no service {clip(escape_controls(name), 40)}")
     return service
+
+
+def _check_key(current: Current, name: str | None, key_id: str) -> None:
+    """Raise unless a key may deploy a service; a key of one service gets the same answer for what is not there."""
+    service = current.services.by_name.get(name or "")
+    if key_id not in current.config.security.hmac_keys and not (service and key_id in service.security.hmac_keys):
+        raise HookshotError("authentication", "the signature is missing or wrong", reason="other_service")
 
 
 def _check_media_type(request: Request) -> None:
@@ -6966,7 +7365,8 @@ def _answer_plan(app: App, service: Service, draft: Deployment) -> Response:
     except ValueError as error:
         raise HookshotError("validation", str(error)) from None
     plan = build_plan(service, draft, app.current().config.limits, app.engine.environ, account)
-    document = render_json({"deploy_id": draft.deploy_id, **render_plan(plan)})
+    lock = app.store.locks(now_ms()).get(service.name)
+    document = render_json({"deploy_id": draft.deploy_id, **render_plan(plan), "locked": lock is not None, "lock": lock and render_lock(lock)})
     return Response(200, app.current().keyring.masker.mask(document))
 
 
@@ -7017,6 +7417,168 @@ def _answer_end(deployment: Deployment, *, is_repeat: bool, headers: tuple[tuple
     return answer(500 if failed and not is_repeat else 200, document, ("Location", f"/status/{deployment.deploy_id}"), *headers)
 
 
+# --- control
+
+
+class _Again(NamedTuple):
+    """What is deployed again: an image with the metadata and overrides that it had."""
+
+    image: str
+    metadata: Mapping[str, str]
+    env: Mapping[str, str]
+
+
+class _Done(NamedTuple):
+    """What a control request did, told before its answer, which may wait."""
+
+    service: str
+    deploy_id: str | None
+    message: str
+    is_repeated: bool
+    answer: Callable[[], Response]
+
+
+def _control(app: App, request: Request, action: str, work: Callable[[App, Request, ControlRequest, Trigger], _Done]) -> Response:
+    """Do what a control request asks, and publish who asked for what and what came of it, refusals too."""
+    assert request.verified
+    target = request.path.split("/")[2]
+    trigger = _trigger_of(app.current(), request, request.verified.key_id)
+    try:
+        _check_media_type(request)
+        done = work(app, request, parse_control(request.verified, action, target), trigger)
+    except HookshotError as error:
+        deploy_id, service = (target, None) if CONTROLS[action][0] == "deploy_id" else (None, target)
+        app.publish(Controlled(trigger, action, service, deploy_id, error.kind.code, error.sentence))
+        raise
+    app.publish(Controlled(trigger, action, done.service, done.deploy_id, "repeated" if done.is_repeated else "done", done.message))
+    return done.answer()
+
+
+def _asked_by(trigger: Trigger, control: ControlRequest) -> str:
+    return f"asked by {trigger.key_id} from {trigger.address}{': ' if control.reason else ''}{control.reason or ''}"
+
+
+def _deployment_for(app: App, control: ControlRequest) -> Deployment:
+    """Return the deployment that a control request names, if its key may deploy the service."""
+    deployment = app.store.get(control.target) if DEPLOY_ID.fullmatch(control.target) else None
+    _check_key(app.current(), deployment and deployment.service, control.key_id)
+    if not deployment:
+        raise _no_deployment(control.target)
+    return deployment
+
+
+def handle_cancel(app: App, request: Request) -> Response:
+    """POST /deployments/{id}/cancel"""
+    return _control(app, request, "cancel", _cancel)
+
+
+def _cancel(app: App, request: Request, control: ControlRequest, trigger: Trigger) -> _Done:
+    _deployment_for(app, control)
+    deployment, is_repeated = app.engine.cancel(control, f"cancelled, {_asked_by(trigger, control)}")
+    words = "is stopped" if not deployment.is_terminal else f"has ended as {deployment.state}"
+    return _Done(deployment.service, deployment.deploy_id, f"{deployment.service} {deployment.image} {words}", is_repeated,
+                 lambda: _answer_cancel(app, request, deployment))
+
+
+def _answer_cancel(app: App, request: Request, deployment: Deployment) -> Response:
+    if not deployment.is_terminal:
+        deployment = _wait_for_end(app, request, deployment, _CANCEL_WAIT_S)
+    if deployment.is_terminal:
+        return _answer_end(deployment, is_repeat=True, headers=())
+    return answer(202, {**_render_summary(deployment), "stopping": True}, ("Location", f"/status/{deployment.deploy_id}"))
+
+
+def handle_retry(app: App, request: Request) -> Response:
+    """POST /deployments/{id}/retry"""
+    return _control(app, request, "retry", _retry)
+
+
+def _retry(app: App, request: Request, control: ControlRequest, trigger: Trigger) -> _Done:
+    deployment = _deployment_for(app, control)
+    service = _service_for(app.current(), deployment.service, control.key_id)
+
+    def find() -> _Again:
+        if not deployment.is_terminal:
+            raise HookshotError("not_possible", f"deployment {deployment.deploy_id} has not ended yet: {deployment.state}")
+        return _Again(deployment.image, deployment.metadata, deployment.env)
+
+    return _deploy_again(app, request, control, trigger, service, find, f"retry of {deployment.deploy_id}", ignores_lock=False)
+
+
+def handle_rollback(app: App, request: Request) -> Response:
+    """POST /services/{name}/rollback"""
+    return _control(app, request, "rollback", _roll_back_service)
+
+
+def _roll_back_service(app: App, request: Request, control: ControlRequest, trigger: Trigger) -> _Done:
+    service = _service_for(app.current(), control.target, control.key_id)
+    # Whoever locks a service wants it to stay well; and going back is what makes it well.
+    return _deploy_again(app, request, control, trigger, service, lambda: _find_target(app.store, service, control.to),
+                         f"rollback to {control.to or 'the last good image'}", ignores_lock=True)
+
+
+def _find_target(store: Store, service: Service, to: str | None) -> _Again:
+    """Return what to go back to: the last good one, a deployment that succeeded, or an image with the overrides that it had."""
+    named = store.get(to) if to and DEPLOY_ID.fullmatch(to) else None
+    if named and named.service == service.name and named.state is not State.SUCCEEDED:
+        raise HookshotError("not_possible", f"deployment {to} is {named.state}: only one that succeeded can be gone back to; or name an image")
+    found = named if named and named.service == service.name else store.find_good(service.name, to)
+    if found:
+        return _Again(found.image, found.metadata, found.env)
+    if not to:
+        raise HookshotError("not_possible", f"service {service.name} has nothing to go back to: no other image has succeeded; name one with \"to\"")
+    return _Again(to, {}, {})
+
+
+def _deploy_again(app: App, request: Request, control: ControlRequest, trigger: Trigger, service: Service,
+                  find: Callable[[], _Again], words: str, *, ignores_lock: bool) -> _Done:
+    """Queue a deployment like an earlier one, as what the service allows now; the same message again is told of the first."""
+    current = app.current()
+    wait_s = _wait_of(current, parse_wait(request.query, request.headers.get("prefer")))
+    if existing := app.store.find_repeated(service.name, control):
+        submission = Submission(existing, False, None)
+    else:
+        again = find()
+        body = render_json({"service": service.name, "image": again.image, "metadata": again.metadata, "overrides": {"env": again.env}})
+        assert request.verified
+        # The digest tells the message that it came with; the body that was made from it is no message.
+        deploy = parse_deploy(request.verified._replace(body=body), None)._replace(digest=control.digest)
+        check_request(service, deploy)
+        build_plan(service, new_deployment(deploy, trigger, new_deploy_id(now_ms()), now_ms()), current.config.limits, {}, None)
+        submission = app.engine.submit(deploy, trigger, service.on_busy or "queue", reason=f"{words}, {_asked_by(trigger, control)}",
+                                       ignores_lock=ignores_lock)
+    made = submission.deployment
+    return _Done(service.name, made.deploy_id, f"{words}: {made.service} {made.image}", not submission.created,
+                 lambda: _answer_submission(app, request, submission, wait_s))
+
+
+def handle_lock(app: App, request: Request) -> Response:
+    """POST /services/{name}/lock"""
+    return _control(app, request, "lock", _lock)
+
+
+def _lock(app: App, request: Request, control: ControlRequest, trigger: Trigger) -> _Done:
+    service = _service_for(app.current(), control.target, control.key_id)
+    return _lock_done(control, service, app.store.lock(control, now_ms()))
+
+
+def handle_unlock(app: App, request: Request) -> Response:
+    """POST /services/{name}/unlock"""
+    return _control(app, request, "unlock", _unlock)
+
+
+def _unlock(app: App, request: Request, control: ControlRequest, trigger: Trigger) -> _Done:
+    service = _service_for(app.current(), control.target, control.key_id)
+    return _lock_done(control, service, app.store.unlock(control, now_ms()))
+
+
+def _lock_done(control: ControlRequest, service: Service, change: LockChange) -> _Done:
+    lock, force = change.lock, " (forced)" if control.force else ""
+    words = "is not locked" if not lock else f"is locked by {lock.owner} until {render_time(lock.until_ms) or 'it is unlocked'}"
+    document = {"service": service.name, "locked": lock is not None, "lock": lock and render_lock(lock)}
+    return _Done(service.name, None, f"{service.name} {words}{force}", change.is_repeated, lambda: answer(200, document))
+
+
 # --- reading
 
 
@@ -7028,8 +7590,12 @@ def _deployment_of_path(app: App, request: Request) -> Deployment:
     deploy_id = _last_segment(request)
     deployment = app.store.get(deploy_id) if DEPLOY_ID.fullmatch(deploy_id) else None
     if not deployment:
-        raise HookshotError("deployment_not_found", f"there is no deployment {clip(escape_controls(deploy_id), 128)}; it may be beyond its retention")
+        raise _no_deployment(deploy_id)
     return deployment
+
+
+def _no_deployment(deploy_id: str) -> HookshotError:
+    return HookshotError("deployment_not_found", f"there is no deployment {clip(escape_controls(deploy_id), 128)}; it may be beyond its retention")
 
 
 def handle_status(app: App, request: Request) -> Response:
@@ -7105,8 +7671,8 @@ def _render_summary(deployment: Deployment) -> dict[str, Any]:
 def handle_services(app: App, request: Request) -> Response:
     """GET /services"""
     counts = app.store.queue_counts()
-    services = app.current().services.by_name
-    return answer(200, {"services": [_render_service(service, app.store.service_record(name), counts.get(name, {}))
+    services, locks = app.current().services.by_name, app.store.locks(now_ms())
+    return answer(200, {"services": [_render_service(service, app.store.service_record(name), counts.get(name, {}), locks.get(name))
                                      for name, service in sorted(services.items())]})
 
 
@@ -7116,15 +7682,17 @@ def handle_service(app: App, request: Request) -> Response:
     service = app.current().services.by_name.get(name)
     if not service:
         raise HookshotError("service_not_found", f"there is no service {clip(escape_controls(name), 40)}")
-    return answer(200, _render_service(service, app.store.service_record(name), app.store.queue_counts().get(name, {})))
+    return answer(200, _render_service(service, app.store.service_record(name), app.store.queue_counts().get(name, {}),
+                                       app.store.locks(now_ms()).get(name)))
 
 
-def _render_service(service: Service, record: ServiceRecord, counts: Mapping[str, int]) -> dict[str, Any]:
+def _render_service(service: Service, record: ServiceRecord, counts: Mapping[str, int], lock: Lock | None) -> dict[str, Any]:
     ran = record.succeeded + record.failed + record.rolled_back + record.rollback_failed
     last = {"deploy_id": record.last_deploy_id, "status": record.last_status, "completed_at": render_time(record.last_completed_ms)}
     return {
         "name": service.name, "description": service.description, "enabled": service.enabled, "current_image": record.current_image,
-        "last_deploy": last if record.last_deploy_id else None, "health": record.health, "locked": False,
+        "last_deploy": last if record.last_deploy_id else None, "health": record.health,
+        "locked": lock is not None, "lock": lock and render_lock(lock),
         "queue": {"pending": counts.get("queued", 0), "active": counts.get("active", 0)},
         "stats": {"total_deploys": ran, "succeeded": record.succeeded, "failed": record.failed, "rolled_back": record.rolled_back,
                   "rollback_failed": record.rollback_failed, "cancelled": record.cancelled,
@@ -7266,9 +7834,10 @@ def _measure(app: App) -> list[Sample]:
         ("hookshot_log_lines_lost_total", (), app.log.lines_lost)]
     # A full or broken disk must not take the other figures away.
     with contextlib.suppress(HookshotError, OSError):
-        counts, pending = app.store.queue_counts(), app.store.outbox_counts()
+        counts, pending, locks = app.store.queue_counts(), app.store.outbox_counts(), app.store.locks(now_ms())
         samples.append(("deployment_queue_size", (), sum(count["queued"] for count in counts.values())))
         samples += [("deployment_active", (name,), counts.get(name, {}).get("active", 0)) for name in sorted({*services, *counts})]
+        samples += [("hookshot_service_locked", (name,), int(name in locks)) for name in sorted({*services, *locks})]
         channels = {channel.name: 0 for channel in channels_of(config.notifications, app.current().keyring.values)}
         samples += [("hookshot_notifications_pending", (name,), number) for name, number in {**channels, **pending}.items()]
         samples.append(("hookshot_database_size_bytes", (), app.store.size_bytes()))
@@ -7340,6 +7909,11 @@ def handle_ready(app: App, request: Request) -> Response:
 
 ROUTES: tuple[Route, ...] = (
     Route("POST", "/deploy", "signature", handle_deploy, "Accept a deployment; ?wait=N or Prefer: wait=N answers when it ended."),
+    Route("POST", "/deployments/{id}/cancel", "signature", handle_cancel, "End a deployment that waits or runs, as Cancelled."),
+    Route("POST", "/deployments/{id}/retry", "signature", handle_retry, "Deploy again what an ended deployment deployed, with its overrides."),
+    Route("POST", "/services/{name}/rollback", "signature", handle_rollback, "Deploy the last good image again, or another one, with the overrides that it had."),
+    Route("POST", "/services/{name}/lock", "signature", handle_lock, "Refuse deploys of the service from now on: owner, reason, for."),
+    Route("POST", "/services/{name}/unlock", "signature", handle_unlock, "Take deploys of the service again."),
     Route("GET", "/status/{id}", "read", handle_status, "One deployment: its state, history, commands and timings."),
     Route("GET", "/logs/{id}", "read", handle_logs, "Its log; ?tail=N for the last lines, ?follow=1 until it ends, or server-sent events."),
     Route("GET", "/deployments", "read", handle_deployments, "Deployments, newest first; service, status, unfinished, limit (1-200), cursor."),
@@ -9045,14 +9619,17 @@ class Client:
         with self._open("GET", path, b"", {}) as response:
             return self._document(response).document
 
-    def post_deploy(self, body: bytes, *, wait_s: int | None = None) -> Reply:
-        """Send a signed deploy request. Outcomes of a deployment are replies; refusals are raised."""
+    def post(self, body: bytes, *, path: str = "/deploy", message_id: str | None = None, wait_s: int | None = None) -> Reply:
+        """Send a signed request, a deploy if no path is given. Outcomes of a deployment are replies; refusals are raised.
+
+        A message id of the caller's makes sending again the same message: nothing is done twice.
+        """
         if self.key is None:
             raise HookshotError("authentication", "there is no key to sign with; set HOOKSHOT_HMAC_KEY, name a file with --key-file, "
                                                   "or run where the server's configuration can be read")
-        # A fresh id and time for each sending: the server tells a repeated deployment by the deploy_id in the body.
-        headers = {"Content-Type": "application/json", **sign_webhook(self.key, body, new_message_id(), now_ms() // 1000)}
-        path = "/deploy" if wait_s is None else f"/deploy?wait={wait_s}"
+        # A fresh time for each sending. Without an id: the server tells a repeated deployment by the deploy_id in the body.
+        headers = {"Content-Type": "application/json", **sign_webhook(self.key, body, message_id or new_message_id(), now_ms() // 1000)}
+        path += "" if wait_s is None else f"?wait={wait_s}"
         with self._open("POST", path, body, headers) as response:
             return self._document(response)
 
@@ -9278,10 +9855,14 @@ class _Contact:
         time.sleep(max(0.0, min(pause_s, deadline - now)))
 
 
-def follow_deployment(client: Client, deploy_id: str, body: bytes | None, line: ProgressLine, deadline: float) -> str | None:
+# Sends a signed request again, and waits so many seconds for the end of what it is about.
+Ask = Callable[[int], Reply]
+
+
+def follow_deployment(client: Client, deploy_id: str, ask: Ask | None, line: ProgressLine, deadline: float) -> str | None:
     """Show the log until the deployment ends; return its status, or None when the deadline came first.
 
-    Survives a restart of the server. Where reading is not allowed, asks with the signed request itself (`body`).
+    Survives a restart of the server. Where reading is not allowed, asks with the signed request itself.
     """
     last_id, contact = "", _Contact()
     while (left_s := deadline - time.monotonic()) > 0:
@@ -9301,21 +9882,21 @@ def follow_deployment(client: Client, deploy_id: str, body: bytes | None, line: 
                     return None
             time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
         except HookshotError as error:
-            if error.name == "authentication" and body is not None:
+            if error.name == "authentication" and ask is not None:
                 print("the log cannot be read from here (it needs the read token); waiting for the outcome", file=sys.stderr)
-                outcome = wait_for_outcome(client, body, deadline)
+                outcome = wait_for_outcome(ask, deadline)
                 return outcome and str(outcome["status"])
             contact.wait(error, deadline)
     return None
 
 
-def wait_for_outcome(client: Client, body: bytes, deadline: float) -> Mapping[str, Any] | None:
+def wait_for_outcome(ask: Ask, deadline: float) -> Mapping[str, Any] | None:
     """Return what the server says of the ended deployment of a request, or None when the deadline came first."""
     contact = _Contact()
     while (left_s := deadline - time.monotonic()) > 0:
         asked = time.monotonic()
         try:
-            document = client.post_deploy(body, wait_s=max(1, min(_POLL_WAIT_S, int(left_s)))).document
+            document = ask(max(1, min(_POLL_WAIT_S, int(left_s)))).document
             contact.note()
             if document.get("status") in TERMINAL:
                 return document
@@ -9570,17 +10151,26 @@ def deploy(args: argparse.Namespace) -> int:
     document |= {"dry_run": True} if args.dry_run else {}
     body = render_json(document)
     client = _client(args)
+
+    def ask(wait_s: int) -> Reply:
+        return client.post(body, wait_s=wait_s)
+
     # Not waiting for the end here, even where the server would (server.deploy_response): its id must be known first.
-    reply = client.post_deploy(body, wait_s=0)
+    latest = ask(0).document
     if args.dry_run:
-        _print_json(reply.document) if args.json else _print_plan(reply.document)
+        _print_json(latest) if args.json else _print_plan(latest)
         return EXIT_OK
-    latest, deploy_id = reply.document, str(reply.document["deploy_id"])
-    _say(f"{'accepted' if latest.get('position') else 'known already'}: {args.service} {args.image} as {deploy_id}")
+    _say(f"{'accepted' if latest.get('position') else 'known already'}: {args.service} {args.image} as {latest['deploy_id']}")
+    return _see_through(client, args, latest, ask)
+
+
+def _see_through(client: Client, args: argparse.Namespace, latest: dict[str, Any], ask: Ask) -> int:
+    """Follow an accepted deployment to its end, unless asked not to; the exit status tells the outcome."""
+    deploy_id = str(latest["deploy_id"])
     if not args.wait:
         _print_json(latest) if args.json else print(deploy_id)
         return EXIT_OK
-    latest, why = _follow_to_the_end(client, args, latest, body)
+    latest, why = _follow_to_the_end(client, args, latest, ask)
     if args.json:
         _print_json(latest)
     if latest.get("status") not in TERMINAL:
@@ -9591,25 +10181,25 @@ def deploy(args: argparse.Namespace) -> int:
     return EXIT_OF_STATE[State(latest["status"])]
 
 
-def _follow_to_the_end(client: Client, args: argparse.Namespace, latest: dict[str, Any], body: bytes) -> tuple[dict[str, Any], str | None]:
+def _follow_to_the_end(client: Client, args: argparse.Namespace, latest: dict[str, Any], ask: Ask) -> tuple[dict[str, Any], str | None]:
     """Return what is known of an accepted deployment at last, and why it is not more.
 
     Whatever keeps the client from following it, it was accepted: that must not be told as a refusal.
     """
     try:
         if latest.get("status") not in TERMINAL:
-            status = _follow(client, args, str(latest["deploy_id"]), body)
+            status = _follow(client, args, latest, ask)
             latest = {**latest, "status": status} if status else latest
-            latest = status and wait_for_outcome(client, body, time.monotonic() + _OUTCOME_PATIENCE_S) or latest
+            latest = status and wait_for_outcome(ask, time.monotonic() + _OUTCOME_PATIENCE_S) or latest
     except HookshotError as error:
         return latest, error.sentence
     return latest, None
 
 
-def _follow(client: Client, args: argparse.Namespace, deploy_id: str, body: bytes | None) -> str | None:
+def _follow(client: Client, args: argparse.Namespace, latest: Mapping[str, Any], ask: Ask) -> str | None:
     """Follow on stdout, or with --json on stderr, which leaves stdout to the document."""
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext(), ProgressLine(args.service) as line:
-        return follow_deployment(client, deploy_id, body, line, time.monotonic() + args.timeout)
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext(), ProgressLine(str(latest["service"])) as line:
+        return follow_deployment(client, str(latest["deploy_id"]), ask, line, time.monotonic() + args.timeout)
 
 
 def _describe_outcome(outcome: Mapping[str, Any]) -> str:
@@ -9692,11 +10282,79 @@ def services(args: argparse.Namespace) -> int:
         _print_json(found)
     else:
         _print_table(("SERVICE", "HEALTH", "IMAGE", "LAST DEPLOYMENT", "STATUS", "WAITING", "RUNNING", "DEPLOYS", "SUCCESS"), [
-            (entry["name"] if entry["enabled"] else f"{entry['name']} (disabled)", entry["health"], entry["current_image"],
+            (entry["name"] + " (disabled)" * (not entry["enabled"]) + " (locked)" * entry["locked"], entry["health"], entry["current_image"],
              entry["last_deploy"] and entry["last_deploy"]["deploy_id"], entry["last_deploy"] and entry["last_deploy"]["status"],
              entry["queue"]["pending"], entry["queue"]["active"], entry["stats"]["total_deploys"],
              None if entry["stats"]["success_rate"] is None else f"{entry['stats']['success_rate']:.0%}") for entry in found["services"]])
     return EXIT_OK
+
+
+def _control_command(args: argparse.Namespace, action: str, target: str, **options: Any) -> tuple[Client, Ask]:
+    """Return the client, and what sends a control request: always the same message, so that nothing is done twice."""
+    client, message_id = _client(args), new_message_id()
+    name, known = CONTROLS[action]
+    given = {option: getattr(args, option, None) for option in known} | options
+    body = render_json({"action": action, name: target, **{option: value for option, value in given.items() if value}})
+    path = f"/{'deployments' if name == 'deploy_id' else 'services'}/{urllib.parse.quote(target, safe='')}/{action}"
+    return client, lambda wait_s: client.post(body, path=path, message_id=message_id, wait_s=wait_s)
+
+
+def rollback(args: argparse.Namespace) -> int:
+    """Deploy the last good image again, or another one, and follow it; the exit status tells the outcome."""
+    client, ask = _control_command(args, "rollback", args.service)
+    latest = ask(0).document
+    _say(escape_controls(f"accepted: {latest['service']} back to {latest['image']} as {latest['deploy_id']}"))
+    return _see_through(client, args, latest, ask)
+
+
+def retry(args: argparse.Namespace) -> int:
+    """Deploy again what a deployment deployed, and follow it; the exit status tells the outcome."""
+    client, ask = _control_command(args, "retry", args.id)
+    latest = ask(0).document
+    _say(escape_controls(f"accepted: {latest['service']} {latest['image']} again as {latest['deploy_id']}"))
+    return _see_through(client, args, latest, ask)
+
+
+def cancel(args: argparse.Namespace) -> int:
+    """End a deployment that waits or runs; done when it has ended as Cancelled."""
+    _, ask = _control_command(args, "cancel", args.id)
+    latest = ask(0).document
+    if latest.get("status") not in TERMINAL:
+        _say(f"{args.id} is being stopped")
+        latest = wait_for_outcome(ask, time.monotonic() + _OUTCOME_PATIENCE_S) or latest
+    if args.json:
+        _print_json(latest)
+    _say(_describe_outcome(latest))
+    return EXIT_OK if latest.get("status") == State.CANCELLED else EXIT_STILL_RUNNING
+
+
+def lock(args: argparse.Namespace) -> int:
+    """Refuse deploys of a service from now on."""
+    _, ask = _control_command(args, "lock", args.service, owner=_own_name())
+    return _print_lock(args, ask(0).document)
+
+
+def unlock(args: argparse.Namespace) -> int:
+    """Take deploys of a service again."""
+    _, ask = _control_command(args, "unlock", args.service, owner=_own_name())
+    return _print_lock(args, ask(0).document)
+
+
+def _print_lock(args: argparse.Namespace, document: Mapping[str, Any]) -> int:
+    held = document["lock"]
+    if args.json:
+        _print_json(document)
+    elif held:
+        print(escape_controls(f"{document['service']} is locked by {held['owner']} until {held['until'] or 'it is unlocked'}"
+                              f"{': ' if held['reason'] else ''}{held['reason'] or ''}"))
+    else:
+        print(f"{document['service']} is not locked")
+    return EXIT_OK
+
+
+def _own_name() -> str:
+    """Return who runs this command, as user@host."""
+    return clip(escape_controls(f"{own_user()}@{os.uname().nodename}"), MAX_OWNER_CHARS)
 
 
 def watch(args: argparse.Namespace) -> int:
@@ -9892,10 +10550,14 @@ def demo(args: argparse.Namespace) -> int:
 def _demo_deploy(client: Client, image: str, expected: State, words: str) -> bool:
     print(f"\n== {words}\n   hookshot deploy web {image}", flush=True)
     body = render_json({"deploy_id": new_deploy_id(now_ms()), "service": "web", "image": image})
-    deploy_id = client.post_deploy(body).document["deploy_id"]
+
+    def ask(wait_s: int) -> Reply:
+        return client.post(body, wait_s=wait_s)
+
+    deploy_id = ask(0).document["deploy_id"]
     with ProgressLine("web") as line:
-        found = follow_deployment(client, deploy_id, body, line, time.monotonic() + 60)
-    outcome = wait_for_outcome(client, body, time.monotonic() + 60)
+        found = follow_deployment(client, deploy_id, ask, line, time.monotonic() + 60)
+    outcome = wait_for_outcome(ask, time.monotonic() + 60)
     print(f"-> {_describe_outcome(outcome or {})}", flush=True)
     return found == expected
 
@@ -9943,6 +10605,10 @@ def _host_argument(text: str) -> str:
 
 
 _JSON = _argument("--json", action="store_true", help="print JSON")
+_FOLLOWS = (_argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="follow it to its end (the default)"),
+            _argument("--timeout", type=_duration_argument, default=7200, metavar="DURATION", help="how long to follow (default: 2h)"))
+_REASON = _argument("--reason", metavar="TEXT", help="why, for those who look at it later")
+_FORCE = _argument("--force", action="store_true", help="also if the lock is another's")
 _TO_SERVER = (_argument("--url", metavar="URL", help="the server; else $HOOKSHOT_URL, else as config.toml says"),
               _argument("--key-file", metavar="FILE", help="file that holds the key; else $HOOKSHOT_HMAC_KEY, else the server's secrets"),
               _argument("--ca", metavar="FILE", help="authorities that the server's certificate may come from; else $HOOKSHOT_CA, else the system's"),
@@ -9965,9 +10631,17 @@ COMMANDS: dict[str, CliCommand] = {
         _argument("--env", action="append", default=[], metavar="NAME=VALUE", help="environment override (repeatable)"),
         _argument("--id", help="deploy_id; the same id with the same request never runs twice"),
         _argument("--previous-image", metavar="IMAGE", help="image to roll back to instead of the last good one"),
-        _argument("--wait", action=argparse.BooleanOptionalAction, default=True, help="follow it to its end (the default)"),
-        _argument("--timeout", type=_duration_argument, default=7200, metavar="DURATION", help="how long to follow (default: 2h)"),
-        _argument("-n", "--dry-run", action="store_true", help="show what would run; nothing does"))),
+        *_FOLLOWS, _argument("-n", "--dry-run", action="store_true", help="show what would run; nothing does"))),
+    "rollback": CliCommand(rollback, "deploy the last good image of a service again and follow it to its end", (
+        _argument("service", metavar="SERVICE"), *_TO_SERVER, _JSON,
+        _argument("--to", metavar="IMAGE|ID", help="go back to this image, or to what this deployment deployed"), _REASON, *_FOLLOWS)),
+    "retry": CliCommand(retry, "deploy again what an ended deployment deployed and follow it to its end", (
+        _argument("id", metavar="ID"), *_TO_SERVER, _JSON, *_FOLLOWS)),
+    "cancel": CliCommand(cancel, "end a deployment that waits or runs", (_argument("id", metavar="ID"), *_TO_SERVER, _JSON, _REASON)),
+    "lock": CliCommand(lock, "refuse deploys of a service from now on", (
+        _argument("service", metavar="SERVICE"), *_TO_SERVER, _JSON, _REASON,
+        _argument("--for", type=_duration_argument, metavar="DURATION", help="how long, as 90s, 30m, 2h, 3d (default: until it is unlocked)"), _FORCE)),
+    "unlock": CliCommand(unlock, "take deploys of a service again", (_argument("service", metavar="SERVICE"), *_TO_SERVER, _JSON, _FORCE)),
     "status": CliCommand(status, "show one deployment", (_argument("id", metavar="ID"), *_TO_SERVER, _JSON)),
     "history": CliCommand(history, "list deployments, newest first", (
         _argument("service", nargs="?", metavar="SERVICE"), *_TO_SERVER, _JSON,

@@ -88,7 +88,7 @@ def test_every_route_asks_for_its_credential(guarded, method, path, gate, creden
     mode, host = guarded
     if gate == "signature":
         headers = {"none": {}, "wrong": {"X-Hub-Signature-256": "sha256=" + "0" * 64},
-                   "right": {"X-Hub-Signature-256": hookshot.sign(host.key, b"{}")}}[credential]
+                   "right": hookshot.sign_webhook(host.key, b"{}", hookshot.new_message_id(), hookshot.now_ms() // 1000)}[credential]
         answer = host.request(method, path, b"{}", headers)
         assert answer.status == (400 if credential == "right" else 401)
         assert count(host) == 0

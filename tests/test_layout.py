@@ -306,7 +306,7 @@ def test_nothing_from_outside_is_formatted_into_sql():
 # --- types that carry proof
 
 
-@pytest.mark.parametrize(("kind", "maker"), [("VerifiedBody", "verify"), ("DeployRequest", "parse_deploy")])
+@pytest.mark.parametrize(("kind", "maker"), [("VerifiedBody", "verify"), ("DeployRequest", "parse_deploy"), ("ControlRequest", "parse_control")])
 def test_a_proof_is_made_in_one_place(kind, maker):
     assert {place for place, call in enclosing(ast.Call) if isinstance(call.func, ast.Name) and call.func.id == kind} == {maker}
     assert f"{kind}._make" not in SOURCE

@@ -673,7 +673,7 @@ def test_statistics_are_true_at_every_moment_and_outlive_the_history(store):
         expected["duration_ms"] += 500 * (state is not State.CANCELLED)
         current = {State.SUCCEEDED: ended.image, State.ROLLED_BACK: "app:old"}.get(state, current)
         failed_ms = ended.completed_ms if state in (State.FAILED, State.ROLLED_BACK, State.ROLLBACK_FAILED) else failed_ms
-        health = {State.SUCCEEDED: "Healthy", State.ROLLED_BACK: "Degraded", State.CANCELLED: health}.get(state, "Unhealthy")
+        health = {State.SUCCEEDED: "Healthy", State.ROLLED_BACK: "Degraded", State.CANCELLED: "Unknown"}.get(state, "Unhealthy")
         store.prune("web", retention)
         assert store.service_record("web") == hookshot.ServiceRecord(
             "web", current, ended.deploy_id, state, ended.completed_ms, health or "Unknown", last_failure_ms=failed_ms, **expected)
