@@ -4283,6 +4283,8 @@ class Store:
 
     def _move(self, db: sqlite3.Connection, before: Deployment, outcome: Outcome, reason: str, at_ms: int, **changes: Any) -> Deployment:
         after = before._replace(state=advance(before.state, outcome), **changes)
+        if before.cancel_reason and outcome is not Outcome.CANCELLED:
+            raise CancelWanted(before.cancel_reason)
         if after.is_terminal:
             after = after._replace(completed_ms=at_ms, phase=None, current_step=None, pid=None, pid_started=None)
         self._update(db, before, after)
@@ -6416,10 +6418,14 @@ class _Job:
 
     def _note_running(self, pid: int) -> None:
         self._deployment = self._deployment._replace(pid=pid, pid_started=birth_now())
-        with contextlib.suppress(HookshotError, CancelWanted):
+        with contextlib.suppress(HookshotError):
             # The disk may be full: then the command runs on unrecorded, and recovery finds it by its environment.
-            # It may be cancelled at this moment: then it will be told to stop, with time to clean up.
-            self._write_progress()
+            try:
+                self._write_progress()
+            except CancelWanted as wish:
+                # At this very moment: it is about to be told to stop, with time to clean up. Until then it is on record.
+                self._deployment = self._deployment._replace(cancel_reason=wish.reason)
+                self._write_progress()
         self._log.flush()
 
     def _record(self, result: Result) -> Result:
@@ -6666,7 +6672,9 @@ class Engine:
             return job.carry_out(is_interrupted=is_interrupted)
         finally:
             with self._jobs_lock:
-                del self._jobs[deployment.deploy_id]
+                # One that starts over may be in another worker's hand already.
+                if self._jobs.get(deployment.deploy_id) is job:
+                    del self._jobs[deployment.deploy_id]
             job.close()
 
     def _claim(self) -> Deployment | None:
