@@ -16,7 +16,7 @@ import pytest
 
 import hookshot
 import render_docs
-from support import PATIENCE_S, PROGRAM, ROOT, free_port, need, running
+from support import PATIENCE_S, PROGRAM, ROOT, free_port, need, running, service
 
 PAGES = render_docs.pages()
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -232,8 +232,19 @@ def test_a_deploy_by_curl_works(tmp_path, block):
     assert (tmp_path / "host/1.0").exists()
 
 
+def test_a_lock_by_curl_works(tmp_path):
+    for program in ("bash", "curl"):
+        need(program)
+    with running(tmp_path / "host", service(name="site")) as host:
+        shutil.copy(PROGRAM, host.folder)
+        script = f"export HOOKSHOT_CONFIG='{host.config}'\n{script_of('control')}"
+        done = run_script(script.replace("127.0.0.1:8080", f"127.0.0.1:{host.port}"), host.folder)
+        assert done.returncode == 0 and '"locked":true' in done.stdout, done.stdout
+        assert host.get("/services/site").json["lock"]["reason"] == "stocktaking"
+
+
 def test_every_block_that_says_it_runs_is_run_here():
-    assert {block.run for block in read_blocks() if block.run} == {"quickstart", "curl", "timestamp", "nginx", "caddy"}
+    assert {block.run for block in read_blocks() if block.run} == {"quickstart", "curl", "timestamp", "control", "nginx", "caddy"}
 
 
 # --- prose
