@@ -1022,7 +1022,7 @@ def _parse_confidential(value: Any) -> str:
 _CONFIDENTIAL = _plain(_parse_confidential, 'text, or "secret:NAME"')
 # What the URLs of [notifications.webhook] are told of.
 EVENTS_OF_WEBHOOK = {"on_failure": ("failed", "rollback_failed"), "on_rollback": ("rolled_back",), "on_success": ("succeeded",)}
-NOTICE_EVENTS = ("started", "succeeded", "failed", "rolled_back", "rollback_failed", "cancelled")
+NOTICE_EVENTS = ("started", "succeeded", "failed", "rolled_back", "rollback_failed", "cancelled", "locked")
 # Of what RFC 5322 allows only what needs no quotes: a comma or a bracket would be syntax in a header.
 _MAIL_ADDRESS = _text(re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]{1,64}@[A-Za-z0-9.-]{1,255}", re.ASCII), "mail address")
 
@@ -1062,7 +1062,7 @@ class Channel(NamedTuple):
 
     name: str = key(REQUIRED, _text(SERVICE_NAME, "name (1 to 32 of A-Z a-z 0-9 - _)"), "unique name, in logs and metrics")
     type: str = key(REQUIRED, _choice(*CHANNEL_TYPES), "what kind of receiver it is")
-    events: tuple[str, ...] = key(["succeeded", "failed", "rolled_back", "rollback_failed", "cancelled"], _list(_choice(*NOTICE_EVENTS), 1, 6),
+    events: tuple[str, ...] = key(["succeeded", "failed", "rolled_back", "rollback_failed", "cancelled"], _list(_choice(*NOTICE_EVENTS), 1, 7),
                                   f"what is told, of {', '.join(NOTICE_EVENTS)}")
     services: tuple[str, ...] = key([], _list(_text(SERVICE_NAME, "service name"), 0, 1000), "services that are told of; empty: all")
     only_changes: bool = key(False, _BOOLEAN, "tell when a service turns red or worse, and when it is green again; not each time")
@@ -3725,11 +3725,15 @@ MIGRATIONS: tuple[str, ...] = (
         created_ms INTEGER NOT NULL, clock TEXT, attempts INTEGER NOT NULL DEFAULT 0);
     CREATE INDEX outbox_by_deployment ON outbox (channel, seq, id);
     """,
-    # A wish to cancel stands in the row of what runs, so that it outlives the server.
+    # A wish to cancel stands in the row of what runs, so that it outlives the server. `lockings` numbers what `locks` only
+    # has the last of, as `moves` does: notices are made from it.
     """
     ALTER TABLE deployments ADD COLUMN cancel_reason TEXT;
     CREATE TABLE locks (
         service TEXT PRIMARY KEY, owner TEXT NOT NULL, reason TEXT, since_ms INTEGER NOT NULL, until_ms INTEGER, clock TEXT) WITHOUT ROWID;
+    CREATE TABLE lockings (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, service TEXT NOT NULL, owner TEXT NOT NULL, reason TEXT, since_ms INTEGER NOT NULL,
+        until_ms INTEGER, clock TEXT);
     """,
 )
 
@@ -3771,6 +3775,8 @@ _EXPIRY_BATCH = 1000
 _MESSAGES_KEPT_MS = 7 * 86_400_000
 _MAX_MESSAGES = 100_000
 _MESSAGE_MAY_PASS_MS = 2 * 86_400_000
+# Lockings from which notices may still be made: they are, within a second.
+_LOCKINGS_KEPT = 1000
 # A quarter of what makes SQLite itself checkpoint, in the commit that reaches it: 5 ms on top of 0.3 ms.
 _CHECKPOINT_BYTES = 1 << 20
 
@@ -4195,6 +4201,8 @@ class Store:
                 raise _locked(before, before.left_ms(self._clock(), at_ms))
             lock = Lock(service, control.owner, control.reason, at_ms, control.for_s and at_ms + control.for_s * 1000, self._clock())
             db.execute("INSERT OR REPLACE INTO locks (service, owner, reason, since_ms, until_ms, clock) VALUES (?, ?, ?, ?, ?, ?)", lock)
+            number = db.execute("INSERT INTO lockings (service, owner, reason, since_ms, until_ms, clock) VALUES (?, ?, ?, ?, ?, ?)", lock).lastrowid or 0
+            db.execute("DELETE FROM lockings WHERE id <= ?", (number - _LOCKINGS_KEPT,))
             self._remember_message(db, service, control, "", at_ms)
             return LockChange(lock, False)
 
@@ -4454,6 +4462,19 @@ class Store:
             rows = db.execute(f"SELECT {_MOVE_COLUMNS} FROM moves AS m JOIN deployments AS d USING (seq) WHERE m.id > ? ORDER BY m.id LIMIT ?",
                               (number, limit)).fetchall()
         return tuple(Transition(row[0], row[1] and State(row[1]), State(row[2]), row[3], row[4], _deployment_of(row[5:])) for row in rows)
+
+    def last_locking(self) -> int:
+        """Return the number of the newest locking; 0 before the first."""
+        with self._reader() as db:
+            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name='lockings'").fetchone()
+        return row[0] if row else 0
+
+    def lockings_after(self, number: int, limit: int) -> tuple[tuple[int, Lock], ...]:
+        """Return the locks that followed one, in the order of their commits, each with its number."""
+        with self._reader() as db:
+            rows = db.execute("SELECT id, service, owner, reason, since_ms, until_ms, clock FROM lockings WHERE id > ? ORDER BY id LIMIT ?",
+                              (number, limit)).fetchall()
+        return tuple((row[0], Lock(*row[1:])) for row in rows)
 
     def marks(self) -> dict[str, str]:
         """Return the marks by name."""
@@ -5254,7 +5275,7 @@ def _probe_http(check: HttpCheck) -> str:
 # === 16. NOTIFY =======================================================================================================
 # Tells people and programs what became of deployments. Owns the outbox's sender.
 #
-# 1. Moves in the database become notices in the outbox in one transaction, so none is lost and none waits for a receiver.
+# 1. Moves and locks in the database become notices in the outbox in one transaction, so none is lost and none waits for a receiver.
 # 2. One thread sends. A notice is tried until it is delivered, refused for good, or too old; its id stays the same.
 # 3. Notices of one deployment reach a channel in their order; those of others do not wait for them.
 # 4. What a deployment brought along is text, whatever the sink makes of text: no mention, no markup, no header.
@@ -5281,10 +5302,12 @@ _MAX_OUTBOX = 10_000
 _ERROR_CHARS = 1000
 # The mark up to which moves have become notices; empty while notifications are off, so that turning them on tells no history.
 _CURSOR, _DATABASE_ID = "notified", "database_id"
+# The same for locks. Their notices stand in the outbox as those of a deployment that there cannot be: in their order.
+_LOCK_CURSOR, _LOCK_SEQ = "notified_locks", 0
 
 
 class Notice(NamedTuple):
-    """What there is to tell of one move; kept in the outbox as JSON."""
+    """What there is to tell of one move, or of a lock; kept in the outbox as JSON."""
 
     event: str
     service: str
@@ -5299,6 +5322,25 @@ class Notice(NamedTuple):
     duration_ms: int | None
     host: str
     request_id: str
+    # Of a lock; an outbox of an older version lacks them.
+    owner: str | None = None
+    reason: str | None = None
+    until: str | None = None
+
+
+_OF_LOCK = ("event", "service", "at_ms", "host", "owner", "reason", "until")
+_OF_DEPLOYMENT = tuple(name for name in Notice._fields if name not in ("owner", "reason", "until"))
+
+
+def told_of(notice: Notice) -> dict[str, Any]:
+    """Return what programs are told: the fields that its event has."""
+    return {name: getattr(notice, name) for name in (_OF_LOCK if notice.event == "locked" else _OF_DEPLOYMENT)}
+
+
+def notice_of_lock(lock: Lock, host: str) -> Notice:
+    """Return what a lock is told as."""
+    return Notice("locked", lock.service, "", None, None, "", "", lock.since_ms, None, None, None, host, "", lock.owner,
+                  lock.reason, render_time(lock.until_ms))
 
 
 def notice_of(move: Transition, host: str) -> Notice | None:
@@ -5344,9 +5386,9 @@ def wants(channel: Channel, notice: Notice, severity_before: int) -> bool:
     return not channel.only_changes or severity_after(notice.event, severity_before) != severity_before
 
 
-def message_id_of(database_id: str, move: Transition, channel: str) -> str:
-    """Return the id of a notice: the same if the outbox has to be made again from the same move, and no other's."""
-    told = "\n".join((database_id, str(move.id), move.deployment.deploy_id, move.state, str(move.at_ms), channel))
+def message_id_of(database_id: str, facts: Sequence[object], channel: str) -> str:
+    """Return the id of a notice: the same if the outbox has to be made again from the same facts, and no other's."""
+    told = "\n".join((database_id, *map(str, facts), channel))
     return f"msg_{hashlib.sha256(told.encode()).hexdigest()[:24]}"
 
 
@@ -5356,11 +5398,12 @@ _HEADLINES = {
     "started": "{service}: deploying {image}", "succeeded": "{service}: {image} is live", "failed": "{service}: {image} failed",
     "rolled_back": "{service}: {image} failed, back on {previous_image}",
     "rollback_failed": "{service}: {image} failed, and so did the rollback", "cancelled": "{service}: {image} was cancelled",
+    "locked": "{service}: locked by {owner}",
     "test": "hookshot on {host}: this is a test"}
 _COLOURS = {"started": "#6b7280", "succeeded": "#2e7d32", "failed": "#c62828", "rolled_back": "#ef6c00", "rollback_failed": "#b71c1c",
-            "cancelled": "#6b7280", "test": "#1565c0"}
+            "cancelled": "#6b7280", "locked": "#6b7280", "test": "#1565c0"}
 # As ntfy counts: 1 (least) to 5.
-_PRIORITIES_OF_EVENTS = {"started": 2, "succeeded": 3, "failed": 4, "rolled_back": 4, "rollback_failed": 5, "cancelled": 3, "test": 3}
+_PRIORITIES_OF_EVENTS = {"started": 2, "succeeded": 3, "failed": 4, "rolled_back": 4, "rollback_failed": 5, "cancelled": 3, "locked": 3, "test": 3}
 
 
 def headline(notice: Notice) -> str:
@@ -5372,7 +5415,7 @@ def facts_of(notice: Notice) -> list[tuple[str, str]]:
     """Return what is known, by name, without control characters."""
     facts = [("Error", notice.error), ("Stage", notice.failure_stage), ("Image", notice.image), ("Previous image", notice.previous_image),
              ("Took", None if notice.duration_ms is None else render_duration(notice.duration_ms)), ("Deployment", notice.deploy_id),
-             ("Host", notice.host)]
+             ("Reason", notice.reason), ("Until", notice.until), ("Host", notice.host)]
     return [(name, _visible(value)) for name, value in facts if value]
 
 
@@ -5406,8 +5449,9 @@ def _bearer(channel: Channel) -> dict[str, str]:
 
 def build_json(notice: Notice, channel: Channel, message_id: str, at_s: int) -> Post:
     """Return our own JSON in the shape that Standard Webhooks recommends, signed if there is a key."""
-    data = {name: value for name, value in notice._asdict().items() if name not in ("event", "at_ms")}
-    post = _post_json(channel.url, {"type": f"deployment.{notice.event}", "timestamp": render_time(notice.at_ms), "data": data}, _bearer(channel))
+    data = {name: value for name, value in told_of(notice).items() if name not in ("event", "at_ms")}
+    kind = "service" if notice.event == "locked" else "deployment"
+    post = _post_json(channel.url, {"type": f"{kind}.{notice.event}", "timestamp": render_time(notice.at_ms), "data": data}, _bearer(channel))
     signed = sign_webhook(channel.signing_key.encode(), post.body, message_id, at_s) if channel.signing_key else {
         "webhook-id": message_id, "webhook-timestamp": str(at_s)}
     return post._replace(headers=post.headers | signed)
@@ -5782,7 +5826,7 @@ def run_notice_command(notice: Notice, channel: Channel, environ: Mapping[str, s
     """Run the channel's command, the notice as JSON on its standard input and as HOOKSHOT_* in its environment."""
     env = {name: value for name, value in environ.items() if SAFE_ENV.fullmatch(name)}
     env.setdefault("PATH", DEFAULT_PATH)
-    env |= {f"HOOKSHOT_{name.upper()}": str(value).encode("utf-8", "replace").decode() for name, value in notice._asdict().items() if value is not None and "\0" not in str(value)}
+    env |= {f"HOOKSHOT_{name.upper()}": str(value).encode("utf-8", "replace").decode() for name, value in told_of(notice).items() if value is not None and "\0" not in str(value)}
     env["HOOKSHOT_MESSAGE"] = headline(notice)
     try:
         process = subprocess.Popen(channel.command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env,
@@ -5790,7 +5834,7 @@ def run_notice_command(notice: Notice, channel: Channel, environ: Mapping[str, s
     except OSError as error:
         return Attempt("retried", f"cannot be started: {error.strerror}", was_reached=False)
     try:
-        process.communicate(render_json(notice._asdict()), timeout=channel.timeout)
+        process.communicate(render_json(told_of(notice)), timeout=channel.timeout)
     except subprocess.TimeoutExpired:
         end_groups([process.pid])
         process.wait()
@@ -5850,8 +5894,8 @@ class Notifier:
         self._done: set[int] = set()
 
     def note(self, event: Event) -> None:
-        """Take notice of a move."""
-        if isinstance(event, Moved) and self._channels:
+        """Take notice of a move or a lock."""
+        if self._channels and (isinstance(event, Moved) or (isinstance(event, Controlled) and event.action == "lock")):
             self._is_behind = True
             self._news.set()
 
@@ -5918,9 +5962,9 @@ class Notifier:
             return
         channels = {channel.name: channel for channel in channels_of(*read)}
         if not channels and self._marks.get(_CURSOR) != "":
-            self._mark({_CURSOR: ""})
+            self._mark({_CURSOR: "", _LOCK_CURSOR: ""})
         elif channels and not self._marks.get(_CURSOR):
-            self._mark({_CURSOR: str(self._store.last_move())})
+            self._mark({_CURSOR: str(self._store.last_move()), _LOCK_CURSOR: str(self._store.last_locking())})
         self._pending = collections.Counter(self._store.outbox_counts())
         for name, number in tuple(self._pending.items()):
             if name not in channels:
@@ -5953,17 +5997,23 @@ class Notifier:
             marks, notices = {_CURSOR: str(page[-1].id)}, []
             for move in page:
                 if notice := notice_of(move, self._host):
-                    notices += self._notices_for(move, notice, marks)
+                    facts = (move.id, move.deployment.deploy_id, move.state, move.at_ms)
+                    notices += self._notices_for(facts, move.deployment.seq, notice, marks)
+            self._mark(marks, notices)
+        while self._channels and self._marks and (locks := self._store.lockings_after(int(self._marks.get(_LOCK_CURSOR) or 0), _MOVES_PAGE)):
+            marks, notices = {_LOCK_CURSOR: str(locks[-1][0])}, []
+            for number, lock in locks:
+                notices += self._notices_for(("lock", number, lock.service, lock.since_ms), _LOCK_SEQ, notice_of_lock(lock, self._host), marks)
             self._mark(marks, notices)
 
-    def _notices_for(self, move: Transition, notice: Notice, marks: dict[str, str]) -> list[Outgoing]:
+    def _notices_for(self, facts: Sequence[object], seq: int, notice: Notice, marks: dict[str, str]) -> list[Outgoing]:
         assert self._marks is not None
         mark = f"severity:{notice.service}"
         before = int(marks.get(mark) or self._marks.get(mark) or 0)
         if (after := severity_after(notice.event, before)) != before:
             marks[mark] = str(after)
         text, clock = json.dumps(notice), clock_reading()
-        return [Outgoing(0, channel.name, move.deployment.seq, message_id_of(self._marks[_DATABASE_ID], move, channel.name), text, now_ms(), clock)
+        return [Outgoing(0, channel.name, seq, message_id_of(self._marks[_DATABASE_ID], facts, channel.name), text, now_ms(), clock)
                 for channel in self._channels.values() if wants(channel, notice, before)]
 
     # --- sending
@@ -6553,7 +6603,7 @@ class Engine:
                 job.cancel(deployment.cancel_reason or reason)
             else:
                 self._wishes[deployment.deploy_id] = deployment.cancel_reason or reason
-        if not job and (latest := self.store.get(deployment.deploy_id)) and latest.is_terminal:
+        if not job and ((latest := self.store.get(deployment.deploy_id)) is None or latest.is_terminal):
             # Its last move found the wish in the row.
             with self._jobs_lock:
                 self._wishes.pop(deployment.deploy_id, None)

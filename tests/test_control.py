@@ -16,6 +16,7 @@ import pytest
 
 import hookshot
 import support
+from receivers import Receiver
 from support import running, service, wait_until
 
 OTHER_KEY = "41d7c0b9e5f2483a96bc17e80d35fa2c6b9e01f4a87d52c3908e6ab1f3d4c752"
@@ -828,3 +829,45 @@ def test_the_command_line_locks_and_unlocks(tmp_path):
         assert host.cli("unlock", "web").stdout == "web is not locked\n"
         assert host.cli("lock", "web", "--for", "soon").returncode == 2
         assert host.cli("deploy", "web", "app:1").returncode == 0
+
+
+# --- told
+
+
+def test_a_lock_is_told_once_to_the_channels_that_want_it_also_across_a_crash(tmp_path):
+    channels = "[notifications]\nenabled = true\n" + "".join(
+        f'[[notifications.channel]]\nname = "{name}"\ntype = "webhook"\nurl = "@URL/{name}"\n{rest}\n' for name, rest in (
+            ("all", 'events = ["locked", "cancelled"]'), ("others", 'events = ["locked"]\nservices = ["api"]'), ("usual", "")))
+    with Receiver() as receiver, running(tmp_path, service(STAY) + service(QUICK, name="api"), channels.replace("@URL", receiver.url.rstrip("/"))) as host:
+        control(host, "lock", owner="ann@desk", reason="<@everyone> & co", **{"for": "2h"})
+        (told,) = receiver.wait_for(1)
+        lock, document = view(host)["lock"], json.loads(told.body)
+        assert told.path.endswith("/all") and document["type"] == "service.locked" and document["timestamp"] == lock["since"]
+        assert {name: document["data"][name] for name in ("service", "owner", "reason", "until")} == {
+            "service": "web", "owner": "ann@desk", "reason": "<@everyone> & co", "until": lock["until"]}
+        assert set(document["data"]) == {"service", "owner", "reason", "until", "host"}
+        control(host, "unlock", force=True)
+        receiver.stop()
+        control(host, "lock", owner="bob")
+        host.kill()
+        receiver.start()
+        host.start()
+        second = receiver.wait_for(2)[1]
+        assert json.loads(second.body)["data"]["owner"] == "bob" and second.headers["webhook-id"] != told.headers["webhook-id"]
+        # Whatever else were told would have come before what a later lock is told as.
+        control(host, "lock", "api")
+        assert {received.path.rpartition("/")[2] for received in receiver.wait_for(4)[2:]} == {"all", "others"}
+
+
+@pytest.mark.parametrize("kind", sorted(hookshot._BUILDERS))
+def test_a_lock_has_its_words_in_every_format(kind):
+    lock = hookshot.Lock("web", "ann@desk", "stocktaking", 1000, 61_000, None)
+    channel = hookshot.Channel(**dict.fromkeys(hookshot.Channel._fields, ""))._replace(url="https://chat.example/hook", token="t", chat_id="1")
+    told = json.loads(hookshot._BUILDERS[kind](hookshot.notice_of_lock(lock, "app1"), channel, "msg_1", 1).body)
+    text = json.dumps(told, ensure_ascii=False).replace("\u200b", "").replace("\\\\", "")
+    assert all(word in text for word in ("web", "ann@desk", "stocktaking", "app1")) and "Deployment" not in text and "None" not in text
+
+
+def test_a_notice_of_an_older_outbox_is_still_read():
+    notice = hookshot.sample_notice()._replace(event="failed")
+    assert hookshot.parse_notice(json.dumps(notice[:12])) == notice

@@ -472,7 +472,7 @@ def test_every_line_of_the_log_has_a_name_of_the_table_and_every_name_a_line():
             named.add(arguments[0])
         elif function.endswith(("log.write", "style.render")) and len(arguments) >= 2:
             named.add(arguments[1])
-    named |= {f"notice_{outcome}" for outcome in hookshot.NOTICE_OUTCOMES} | {"deploy_accepted", "deploy_repeated", "deploy_moved", "command_ended",
+    named |= {f"notice_{outcome}" for outcome in hookshot.NOTICE_OUTCOMES} | {"deploy_accepted", "deploy_repeated", "deploy_moved", "command_ended", "control",
                                                                                 "reloaded", "reload_failed"}
     assert named == hookshot.LOG_EVENTS.keys()
 
@@ -486,7 +486,7 @@ def test_labels_of_metrics_are_named_alike_and_every_metric_is_given_somewhere()
 
 
 def test_what_is_told_is_what_can_happen():
-    assert set(hookshot.NOTICE_EVENTS) == {"started", *hookshot.COUNT_OF_STATE.values()}
+    assert set(hookshot.NOTICE_EVENTS) == {"started", *hookshot.COUNT_OF_STATE.values(), "locked"}
     assert {*hookshot.NOTICE_EVENTS, "test"} == hookshot._HEADLINES.keys() == hookshot._COLOURS.keys() == hookshot._PRIORITIES_OF_EVENTS.keys()
     used = {name for kind in hookshot.CHANNEL_TYPES.values() for name in (*kind.required, *kind.optional)}
     assert {*used, *hookshot._COMMON_CHANNEL_KEYS} == set(hookshot.Channel._fields)
