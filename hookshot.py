@@ -7505,8 +7505,11 @@ def _control(app: App, request: Request, action: str, work: Callable[[App, Reque
         _check_media_type(request)
         done = work(app, request, parse_control(request.verified, action, target), trigger)
     except HookshotError as error:
-        deploy_id, service = (target, None) if CONTROLS[action][0] == "deploy_id" else (None, target)
-        app.publish(Controlled(trigger, action, service, deploy_id, error.kind.code, error.sentence))
+        shown = clip(escape_controls(target), 128)
+        deploy_id, service = (shown, None) if CONTROLS[action][0] == "deploy_id" else (None, shown)
+        # Whoever has read a deploy on its way can send its signature here: that has no line of its own, so it cannot fill the log.
+        if error.reason != "no_timestamp":
+            app.publish(Controlled(trigger, action, service, deploy_id, error.kind.code, error.sentence))
         raise
     app.publish(Controlled(trigger, action, done.service, done.deploy_id, "repeated" if done.is_repeated else "done", done.message))
     return done.answer()
@@ -10352,7 +10355,7 @@ def _control_command(args: argparse.Namespace, action: str, target: str, **optio
     client, message_id = _client(args), new_message_id()
     name, known = CONTROLS[action]
     given = {option: getattr(args, option, None) for option in known} | options
-    body = render_json({"action": action, name: target, **{option: value for option, value in given.items() if value}})
+    body = render_json({"action": action, name: target, **{option: value for option, value in given.items() if value is not None and value is not False}})
     path = f"/{'deployments' if name == 'deploy_id' else 'services'}/{urllib.parse.quote(target, safe='')}/{action}"
     return client, lambda wait_s: client.post(body, path=path, message_id=message_id, wait_s=wait_s)
 

@@ -224,6 +224,25 @@ def test_a_cancel_that_was_answered_survives_kill_9(tmp_path, recovery):
         assert view(host)["health"] == "Unknown"
 
 
+def test_what_runs_but_is_in_no_workers_hand_yet_is_cancelled_when_it_is_taken(tmp_path):
+    """After a crash the one worker rolls the first deployment back; the second one waits for it."""
+    first = service(STUBBORN, name="a", tables=f"[service.rollback]\ncommands = [{STAY}]\n")
+    second = service(STUBBORN, name="b", tables=BACK)
+    with running(tmp_path, first + second, "[server]\nworker_threads = 2\n") as host:
+        ids = []
+        for name in ("a", "b"):
+            ids.append(host.deploy("app:2", name, previous_image="app:1"))
+            read_pid(host, f"{name}.held")
+        host.kill()
+        host.write(first + second, "[server]\nworker_threads = 1\n")
+        host.start()
+        wait_until(lambda: trace(host, "a") == ["begin app:2"])
+        answer = control(host, "cancel", ids[1])
+        assert (answer.status, answer.json["stopping"]) == (202, True)
+        (tmp_path / "go").touch()
+        assert [host.wait(deploy_id)["status"] for deploy_id in ids] == ["RolledBack", "Cancelled"] and trace(host, "b") == []
+
+
 def test_a_cancel_during_a_shutdown_ends_the_deployment_as_cancelled(tmp_path):
     with running(tmp_path, service(STAY)) as host:
         deploy_id = host.deploy()
@@ -646,6 +665,14 @@ def test_every_control_request_is_one_line_of_the_log(tmp_path):
         assert "forced" in lines[3]["message"] and "ann" in lines[0]["message"]
 
 
+def test_a_deploy_that_was_overheard_fills_no_log(tmp_path):
+    """Its signature is right, and anyone who has read it can send it to another path."""
+    with running(tmp_path, service()) as host:
+        for _ in range(200):
+            check_problem(host.post({"service": "web", "image": "app:1"}, path="/services/web/lock"), 401, "AUTHENTICATION_ERROR")
+        assert control_lines(host) == [] and host.output.read_text().count('"request_refused"') < 100
+
+
 # --- races
 
 
@@ -828,6 +855,7 @@ def test_the_command_line_locks_and_unlocks(tmp_path):
         assert host.cli("lock", "web", "--force").returncode == 0 and view(host)["lock"]["owner"] == owner
         assert host.cli("unlock", "web").stdout == "web is not locked\n"
         assert host.cli("lock", "web", "--for", "soon").returncode == 2
+        assert host.cli("lock", "web", "--for", "0").returncode == 65 and view(host)["locked"] is False
         assert host.cli("deploy", "web", "app:1").returncode == 0
 
 
