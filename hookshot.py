@@ -7546,7 +7546,7 @@ def _answer_cancel(app: App, request: Request, deployment: Deployment) -> Respon
         deployment = _wait_for_end(app, request, deployment, _CANCEL_WAIT_S)
     if deployment.is_terminal:
         return _answer_end(deployment, is_repeat=True, headers=())
-    return answer(202, {**_render_summary(deployment), "stopping": True}, ("Location", f"/status/{deployment.deploy_id}"))
+    return answer(202, _render_summary(deployment), ("Location", f"/status/{deployment.deploy_id}"))
 
 
 def handle_retry(app: App, request: Request) -> Response:
@@ -7671,7 +7671,7 @@ def _render_record(deployment: Deployment, moves: Sequence[Move], results: Seque
     return {
         "deploy_id": deployment.deploy_id, "service": deployment.service, "status": deployment.state, "image": deployment.image,
         "previous_image": deployment.previous_image,
-        "progress": _render_progress(deployment),
+        "progress": _render_progress(deployment), "stopping": _is_stopping(deployment),
         "timings": {"queued_at": render_time(deployment.queued_ms), "started_at": render_time(deployment.started_ms),
                     "completed_at": render_time(deployment.completed_ms), "duration_ms": deployment.duration_ms,
                     "queue_time_ms": deployment.queue_ms, "deploy_time_ms": deployment.deploy_ms,
@@ -7726,7 +7726,12 @@ def _render_summary(deployment: Deployment) -> dict[str, Any]:
     return {"deploy_id": deployment.deploy_id, "service": deployment.service, "status": deployment.state, "image": deployment.image,
             "previous_image": deployment.previous_image, "queued_at": render_time(deployment.queued_ms),
             "started_at": render_time(deployment.started_ms), "completed_at": render_time(deployment.completed_ms),
-            "duration_ms": deployment.duration_ms, "error": deployment.error, "progress": _render_progress(deployment), **_urls(deployment)}
+            "duration_ms": deployment.duration_ms, "error": deployment.error, "progress": _render_progress(deployment), "stopping": _is_stopping(deployment), **_urls(deployment)}
+
+
+def _is_stopping(deployment: Deployment) -> bool:
+    """Return whether somebody has cancelled it, and it has not ended yet."""
+    return deployment.cancel_reason is not None and not deployment.is_terminal
 
 
 def handle_services(app: App, request: Request) -> Response:
