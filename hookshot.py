@@ -27,7 +27,7 @@ Down the page is up the stack: a section uses only sections above it (ASSETS, th
     1 ERRORS      2 VALUES     3 TEMPLATES    4 CONFIG    5 WIRE      6 LIFECYCLE   7 PLAN
     9 EVENTS     10 METRICS   11 WORLD       12 LOG      13 STORE    14 SECRETS    15 RUN
    16 NOTIFY     17 ENGINE
-   18 API        19 SERVER    21 DAEMON      22 CLIENT   23 CLI       A ASSETS
+   18 API        19 SERVER    20 BACKUP      21 DAEMON   22 CLIENT    23 CLI        A ASSETS
 """
 
 import sys
@@ -137,6 +137,7 @@ ERRORS: dict[str, ErrorKind] = {
     "http_version": ErrorKind("HTTP_VERSION_NOT_SUPPORTED", 505, 65, "The HTTP version is not supported"),
     "disk_full": ErrorKind("DISK_FULL", 507, 75, "The disk is full", 60),
     # The rest never leaves over HTTP: failures of the command line.
+    "bad_archive": ErrorKind("BAD_ARCHIVE", 400, 65, "An archive is not as it should be"),
     "usage": ErrorKind("USAGE", 400, 2, "The command line is wrong"),
     "unreachable": ErrorKind("UNREACHABLE", 502, 69, "The server cannot be reached"),
     "cannot_write": ErrorKind("CANNOT_WRITE", 500, 73, "A file cannot be written"),
@@ -3045,6 +3046,21 @@ class FolderLock:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
+    @staticmethod
+    def holder(folder: str) -> str | None:
+        """Return the pid of who holds the lock on a folder at this moment, "unknown" if it does not say; None if nobody does."""
+        try:
+            descriptor = os.open(os.path.join(folder, "hookshot.lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+        finally:
+            os.close(descriptor)
+        return None
+
     def release(self) -> None:
         """Let the next server in. The file stays: unlinking it would let two servers lock two files of one name."""
         os.close(self._descriptor)
@@ -4567,6 +4583,91 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         return len(old)
+
+
+    # --- after a restore
+
+    def settle_restored(self, reason: str, at_ms: int) -> tuple[Deployment, ...]:
+        """End what a backup caught unfinished, durably, and return it: what was asked for back then must not run now."""
+        def work(db: sqlite3.Connection) -> tuple[Deployment, ...]:
+            # New moves get numbers that others had in the database's other future. With a new id of the database the
+            # notices of both are not taken for the same.
+            db.execute("UPDATE marks SET value=lower(hex(randomblob(8))) WHERE name='database_id'")
+            rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE completed_ms IS NULL ORDER BY seq").fetchall()
+            return tuple(self._give_up(db, _deployment_of(row), reason, at_ms) for row in rows)
+
+        return self._write(work, durable=True)
+
+    def _give_up(self, db: sqlite3.Connection, found: Deployment, reason: str, at_ms: int) -> Deployment:
+        if found.state is State.QUEUED:
+            return self._move(db, found, Outcome.CANCELLED, reason, at_ms, error=reason)
+        return self._move(db, found, Outcome.FAILED_FOR_GOOD, reason, at_ms, error=reason, failure_stage=found.failure_stage or found.phase or "validating")
+
+
+# --- whole databases, for backup and restore
+
+# Pages of 4 KB at a time: between two steps Ctrl-C is heard.
+_COPY_PAGES = 1024
+
+
+def _open_existing(path: str, mode: str) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{urllib.parse.quote(path)}?{mode}", timeout=_BUSY_TIMEOUT_S, isolation_level=None, uri=True)
+
+
+def copy_database(source: str, target: str) -> None:
+    """Copy what a database holds at this instant into a new file; a server that uses it goes on writing meanwhile."""
+    try:
+        with contextlib.closing(_open_existing(source, "mode=rw")) as live, contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
+            live.execute("PRAGMA query_only=ON")
+            # Read once and thrown away: it need not survive anything.
+            copy.execute("PRAGMA synchronous=OFF")
+            # Without a transaction that keeps the instant, each commit of the server would make the copy start over.
+            live.execute("BEGIN")
+            live.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            live.backup(copy, pages=_COPY_PAGES)
+    except sqlite3.Error as error:
+        raise _storage_error(error) from error
+
+
+def check_database(path: str) -> tuple[int, str | None]:
+    """Return the schema version of a database and what is wrong with it, or None. A newer schema is looked at no further."""
+    try:
+        with contextlib.closing(_open_existing(path, "immutable=1")) as db, contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as model:
+            # It may come from an archive that someone has made up: nothing in its schema shall be carried out.
+            db.execute("PRAGMA trusted_schema=OFF")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > len(MIGRATIONS):
+                return version, None
+            problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if problem != "ok":
+                return version, clip(escape_controls(problem), 100)
+            for script in MIGRATIONS[:version]:
+                model.executescript(script)
+            # No triggers, no views, no tables but ours.
+            objects, expected = ({tuple(row) for row in each.execute("SELECT type, name, tbl_name FROM sqlite_master").fetchall()} for each in (db, model))
+            return version, None if version > 0 and objects == expected else "its tables are not those of hookshot"
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+            return 0, clip(escape_controls(str(error)), 100)
+        raise _storage_error(error) from error
+
+
+def deployment_numbers(path: str) -> Iterator[int]:
+    """Yield the numbers of all deployments of a database that nobody else uses, in order."""
+    with contextlib.closing(_open_existing(path, "immutable=1")) as db:
+        for (number,) in db.execute("SELECT seq FROM deployments ORDER BY seq"):
+            yield number
+
+
+def count_unfinished(path: str) -> int | None:
+    """Return how many deployments of a database have not ended, None if it cannot be read. Changes nothing on disk."""
+    # Without a write-ahead log nobody is at work: then SQLite need not make one, and leave it behind, in order to read.
+    mode = "mode=ro" if os.path.exists(path + "-wal") else "immutable=1"
+    try:
+        with contextlib.closing(_open_existing(path, mode)) as db:
+            return db.execute("SELECT count(*) FROM deployments WHERE completed_ms IS NULL").fetchone()[0]
+    except sqlite3.Error:
+        return None
 
 
 # === 14. SECRETS ======================================================================================================
@@ -9184,6 +9285,769 @@ class HttpServer:
             self._start_accepting()
 
 
+# === 20. BACKUP =======================================================================================================
+# Export and import of all that one server has: its database, both files, its secrets, the logs of its deployments.
+#
+# 1. An archive is a claim. Names come from a table, places from the command line; sizes, sums and the database are checked.
+# 2. Nothing is extracted: members are read one after the other, in the one order there is, into files that we name.
+# 3. Before the first file of the host moves, all of it lies beside its place, whole and checked; the moves are renames,
+#    and a journal undoes them.
+# 4. The manifest comes last: what it says was measured while it was written, so each file is read once and whatever
+#    ends an export early leaves something that is no archive.
+
+MANIFEST_FORMAT = 1
+_MANIFEST, _DATABASE = "manifest.json", "state.db"
+_ARCHIVE_FOLDER = re.compile(r"hookshot-state-\d{8}-\d{6}", re.ASCII)
+_LOG_MEMBER = re.compile(r"logs/([1-9]\d{0,17})\.log", re.ASCII)
+# What an archive may hold, in this order, and how large each may be. A ratio would not do: a log of one line repeated
+# shrinks a thousandfold. What is unpacked must also fit beside DISK_RESERVE_BYTES, so a bomb cannot fill the disk.
+_LARGEST = {
+    "config.toml": 4 << 20, "services.toml": 4 << 20,  # as read_text() reads them
+    "secrets": 1 << 20,  # as SECRETS reads them
+    _DATABASE: 64 << 30,  # the longest retention of 50 services fills a part of this
+    "logs": 8 << 30,  # the greatest max_output, written anew by each recovery
+    _MANIFEST: 32 << 20}  # 300,000 logs; read into memory, where the worst JSON takes twenty times its size
+_RANKS = {name: rank for rank, name in enumerate(_LARGEST)}
+_SECTOR = b"\0" * 512
+# What tar pads archives to.
+_RECORD_BYTES = 10240
+_PIECE_BYTES = 1 << 20
+# Three times as quick as the default, for a tenth more bytes: a server may be at work beside it.
+_GZIP_LEVEL = 3
+# A folder of a dead process is removed by the next one, but not in the instant between its creation and its lock.
+_LEFTOVER_S = 60
+_JOURNAL = "import.journal"
+RESTORED = "restored from a backup"
+
+
+class FileSum(NamedTuple):
+    """What the manifest says of a file."""
+
+    sha256: str
+    size: int
+
+
+def _rank_of(name: str) -> tuple[int, int] | None:
+    """Return where a member stands in the order of an archive; None for a name that no archive has."""
+    if match := _LOG_MEMBER.fullmatch(name):
+        return _RANKS["logs"], int(match[1])
+    return (_RANKS[name], 0) if name in _RANKS and name != "logs" else None
+
+
+def _limit_of(name: str) -> int:
+    return _LARGEST[name if name in _LARGEST else "logs"]
+
+
+def _pieces(file: Any, size: int) -> Iterator[bytes]:
+    """Yield exactly `size` bytes of a file, fewer only at its end; what is appended meanwhile is left out."""
+    while size and (piece := file.read(min(size, _PIECE_BYTES))):
+        size -= len(piece)
+        yield piece
+
+
+@contextlib.contextmanager
+def _make_workshop(data_dir: str, kind: str) -> Iterator[str]:
+    """Give a private folder in the data directory, locked while this process lives; remove those of dead ones."""
+    for entry in os.scandir(data_dir):
+        if re.fullmatch(rf"\.{kind}-[0-9a-f]{{16}}", entry.name, re.ASCII) and now_ms() / 1000 - entry.stat(follow_symlinks=False).st_mtime > _LEFTOVER_S:
+            with contextlib.suppress(HookshotError, OSError):
+                FolderLock(entry.path).release()
+                shutil.rmtree(entry.path, ignore_errors=True)
+    folder = os.path.join(data_dir, f".{kind}-{new_request_id()}")
+    os.mkdir(folder, 0o700)
+    try:
+        lock = FolderLock(folder)
+        try:
+            yield folder
+        finally:
+            lock.release()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- export
+
+
+class BackupSource(NamedTuple):
+    """What goes into an archive: contents that were read, and where the rest is. No secrets: they are left out."""
+
+    config: bytes
+    services: bytes
+    secrets: bytes | None
+    data_dir: str
+    has_logs: bool
+
+
+class BackupCounts(NamedTuple):
+    """What an archive got: deployments in the database, logs; and whether it is compressed (Python may lack zlib)."""
+
+    deployments: int
+    logs: int
+    is_compressed: bool
+
+
+def gather(config_path: str, services_path: str, *, has_secrets: bool, has_logs: bool) -> BackupSource:
+    """Read both files and the secrets; raise with what is wrong or missing before anything is written."""
+    problems: list[Problem] = []
+    contents = {}
+    for name, path in (("config.toml", config_path), ("services.toml", services_path)):
+        try:
+            contents[name] = _read_whole(path, _LARGEST[name])
+        except (OSError, ValueError) as error:
+            raise HookshotError("config", f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        text = contents["config.toml"].decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise HookshotError("config", f"{config_path} cannot be read: is not UTF-8") from None
+    config = load_config(text, config_path, problems)
+    if any(not problem.is_warning for problem in problems):
+        raise ConfigError(problems)
+    secrets_text = None
+    if has_secrets:
+        try:
+            secrets_text = _read_whole(config.secrets.secrets_file, _LARGEST["secrets"])
+        except (OSError, ValueError) as error:
+            raise HookshotError("config", f"the secrets file {config.secrets.secrets_file} cannot be read: {getattr(error, 'strerror', None) or error}; "
+                                          "run this as root or as the server's user, or leave it out with --no-secrets") from None
+    else:
+        _refuse_secrets_within(config, config_path, services_path, contents)
+    return BackupSource(contents["config.toml"], contents["services.toml"], secrets_text, config.storage.data_dir, has_logs)
+
+
+def _refuse_secrets_within(config: Config, config_path: str, services_path: str, contents: Mapping[str, bytes]) -> None:
+    """Raise if a file that goes into an archive without secrets holds one: a chat's URL, a password, a copy of a key."""
+    masker = load_keyring(config, Services({}), SecretSurroundings({}, None), config_path, []).masker
+    for path, content in ((config_path, contents["config.toml"]), (services_path, contents["services.toml"])):
+        if masker.mask(content) != content:
+            raise HookshotError("config", f"{path} itself holds a secret, so an archive without secrets cannot be made of it; "
+                                          "move the secret into the secrets file (\"secret:NAME\"), or export without --no-secrets")
+
+
+def _read_whole(path: str, limit_bytes: int) -> bytes:
+    """Return a regular file of bounded size; OSError or ValueError say why not."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("is not a regular file")
+        content = file.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise ValueError(f"is larger than {render_size(limit_bytes)}")
+    return content
+
+
+class _ArchiveWriter:
+    """Writes members and keeps what the manifest will say of them, in a file: there may be hundreds of thousands."""
+
+    def __init__(self, out: Any, notes: Any, at_ms: int):
+        self._out, self._notes, self._at_s = out, notes, at_ms // 1000
+        self._folder = time.strftime("hookshot-state-%Y%m%d-%H%M%S", time.gmtime(self._at_s))
+
+    def add(self, name: str, size: int, content: Iterable[bytes], *, changed_s: int | None = None) -> None:
+        """Write one member."""
+        import tarfile  # only a backup needs it
+
+        if size > _limit_of(name):
+            raise HookshotError("cannot_write", f"{name} has {render_size(size)}, more than the {render_size(_limit_of(name))} that an archive takes"
+                                + ("; leave logs out with --no-logs" if name == _MANIFEST or name.startswith("logs/") else ""))
+        header = tarfile.TarInfo(f"{self._folder}/{name}")
+        header.size, header.mode, header.mtime = size, 0o600, self._at_s if changed_s is None else changed_s
+        self._out.write(header.tobuf(tarfile.GNU_FORMAT))
+        digest, left = hashlib.sha256(), size
+        for piece in content:
+            digest.update(piece)
+            left -= len(piece)
+            self._out.write(piece)
+        if left:
+            raise HookshotError("storage", f"{name} became shorter while it was read; run it again")
+        self._out.write(_SECTOR[: -size % len(_SECTOR)])
+        self._notes.write(b",\n" * (self._notes.tell() > 0) + f'"{name}": {{"sha256": "{digest.hexdigest()}", "size": {size}}}'.encode())
+
+    def finish(self, schema_version: int) -> None:
+        """Write the manifest and the end."""
+        facts = {"format_version": MANIFEST_FORMAT, "created_at": render_time(self._at_s * 1000), "hookshot_version": __version__,
+                 "schema_version": schema_version}
+        head, tail = render_json(facts).rstrip(b"}\n") + b',"files":{\n', b"\n}}\n"
+        size = self._notes.tell()
+        self._notes.seek(0)
+        self.add(_MANIFEST, len(head) + size + len(tail), itertools.chain([head], _pieces(self._notes, size), [tail]))
+        self._out.write(_SECTOR * 2)
+
+
+def write_archive(source: BackupSource, out: Any, at_ms: int) -> BackupCounts:
+    """Write an archive of this instant to an open file; the server may be at work meanwhile. OSError is of `out`."""
+    path = os.path.join(source.data_dir, _DATABASE)
+    if not os.path.exists(path):
+        raise HookshotError("config", f"there is no database in {source.data_dir} yet; start the server once, or correct storage.data_dir")
+    with contextlib.ExitStack() as stack:
+        try:
+            workshop = stack.enter_context(_make_workshop(source.data_dir, "export"))
+            copy = os.path.join(workshop, _DATABASE)
+            size = sum(os.stat(path + suffix).st_size for suffix in ("", "-wal") if os.path.exists(path + suffix))
+            _need_room(source.data_dir, size, "the copy of the database")
+            notes = stack.enter_context(open(os.path.join(workshop, "notes"), "w+b"))
+        except OSError as error:
+            raise HookshotError("cannot_write", f"{source.data_dir} cannot be written: {error.strerror}; run this as root or as the server's user") from None
+        copy_database(path, copy)
+        schema_version, problem = check_database(copy)
+        if problem:
+            raise HookshotError("storage", f"{path} is damaged ({problem}); nothing was exported")
+        packed = stack.enter_context(_compressing(out, at_ms // 1000))
+        writer = _ArchiveWriter(packed, notes, at_ms)
+        for name, content in (("config.toml", source.config), ("services.toml", source.services), ("secrets", source.secrets)):
+            if content is not None:
+                writer.add(name, len(content), [content])
+        with open(copy, "rb") as file:
+            writer.add(_DATABASE, size := os.fstat(file.fileno()).st_size, _pieces(file, size))
+        deployments = logs = 0
+        for number in deployment_numbers(copy):
+            deployments += 1
+            logs += source.has_logs and _add_log(writer, source.data_dir, number)
+        writer.finish(schema_version)
+        return BackupCounts(deployments, logs, packed is not out)
+
+
+def _add_log(writer: _ArchiveWriter, data_dir: str, number: int) -> bool:
+    """Add a deployment's log as long as it is now; return whether there is one."""
+    path = os.path.join(data_dir, "logs", f"{number}.log")
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise HookshotError("storage", f"{path} cannot be read: {error.strerror}") from None
+    with file:
+        status = os.fstat(file.fileno())
+        writer.add(f"logs/{number}.log", status.st_size, _pieces(file, status.st_size), changed_s=int(status.st_mtime))
+    return True
+
+
+@contextlib.contextmanager
+def _compressing(out: Any, at_s: int) -> Iterator[Any]:
+    try:
+        import gzip  # only a backup needs it
+    except ImportError:  # a Python built without zlib: only compression is off
+        yield out
+        return
+    with gzip.GzipFile(filename="", mode="wb", compresslevel=_GZIP_LEVEL, fileobj=out, mtime=at_s) as packed:
+        yield packed
+
+
+def _need_room(folder: str, size_bytes: int, what: str) -> None:
+    free = free_bytes(folder) - DISK_RESERVE_BYTES
+    if size_bytes > free:
+        raise HookshotError("cannot_write", f"{what} takes {render_size(size_bytes)}, and {folder} has room for {render_size(max(0, free))}; free some space")
+
+
+def save_archive(source: BackupSource, path: str, at_ms: int) -> BackupCounts:
+    """Write an archive (0600) beside `path`, read it back, and put it there: a file of that name is always whole."""
+    part = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{new_request_id()}.part")
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise HookshotError("cannot_write", f"{path} is there and is no regular file; name another, or write to - (standard output)")
+    try:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "w+b") as out:
+                counts = write_archive(source, out, at_ms)
+                out.flush()
+                os.fsync(descriptor)
+                out.seek(0)
+                _read_back(out, path)
+            os.rename(part, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
+        _sync_folder(os.path.dirname(path))
+    except OSError as error:
+        raise HookshotError("cannot_write", f"{path} cannot be written: {error.strerror}; nothing was left there") from None
+    return counts
+
+
+def _read_back(written: Any, path: str) -> None:
+    try:
+        ArchiveReader(written, "it").read(lambda member: None)
+    except HookshotError as error:
+        raise HookshotError("cannot_write", f"{path} was not kept, because what was written reads back otherwise: {error.sentence.partition(';')[0]}; "
+                                            "check the disk") from None
+
+
+# --- reading an archive
+
+
+class Member(NamedTuple):
+    """One file of an archive; `content` can be read once."""
+
+    name: str
+    size: int
+    changed_s: int
+    content: Iterator[bytes]
+
+
+class ArchiveReader:
+    """One pass over an archive: every member in its place, checked and summed, then held against the manifest.
+
+    Whatever is not as write_archive() writes it raises `bad_archive`.
+    """
+
+    def __init__(self, stream: Any, label: str):
+        """Take a buffered binary file that stands at its beginning; `label` is its name in messages."""
+        self._label = label
+        self._stream, self._damage = stream, (EOFError,)
+        self._folder = ""
+        self.sums: dict[str, FileSum] = {}
+        self.manifest: dict[str, Any] = {}
+        if stream.peek(2)[:2] == b"\x1f\x8b":
+            try:
+                import gzip  # only a backup needs it
+                import zlib
+            except ImportError:
+                raise HookshotError("config", f"this Python lacks zlib; unpack {label} with gunzip first") from None
+            self._stream, self._damage = gzip.GzipFile(fileobj=stream, mode="rb"), (EOFError, zlib.error, gzip.BadGzipFile)
+
+    def read(self, take: Callable[[Member], None]) -> None:
+        """Hand over every member but the manifest; what is left of its content is read all the same."""
+        last = (-1, 0)
+        while (header := self._read_header()) is not None:
+            name, size, changed_s = header
+            rank = _rank_of(name)
+            if rank is None:
+                raise self._wrong(f"holds {_shown(name)}, which no backup has")
+            if rank <= last:
+                raise self._wrong(f"holds {name} twice or not in its place")
+            if size > _limit_of(name):
+                raise self._wrong(f"says that {name} has {size} bytes; the most is {_limit_of(name)}")
+            last = rank
+            content = self._read_member(name, size)
+            if name == _MANIFEST:
+                self._check_manifest(b"".join(content))
+            else:
+                take(Member(name, size, changed_s, content))
+                collections.deque(content, 0)
+        if not self.manifest:
+            raise self._wrong(f"has no {_MANIFEST}")
+        rest = self._read(_RECORD_BYTES + 1)
+        if len(rest) > _RECORD_BYTES or rest.strip(b"\0"):
+            raise self._wrong("goes on after its end")
+
+    def _wrong(self, what: str) -> HookshotError:
+        return HookshotError("bad_archive", f"{self._label} {what}; nothing was changed. Use another backup")
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._stream.read(size)
+        except self._damage as error:
+            raise self._wrong(f"is damaged or cut off ({_shown(str(error))})") from None
+        except OSError as error:
+            raise HookshotError("usage", f"{self._label} cannot be read: {error.strerror}") from None
+
+    def _read_header(self) -> tuple[str, int, int] | None:
+        """Return name, size and time of the next member, or None at the end."""
+        import tarfile  # only a backup needs it
+
+        block = self._read(len(_SECTOR))
+        if len(block) < len(_SECTOR):
+            raise self._wrong("is cut off" if self.sums else "is no backup of hookshot")
+        if block == _SECTOR:
+            return None
+        try:
+            header = tarfile.TarInfo.frombuf(block, "ascii", "strict")
+        except (tarfile.HeaderError, ValueError):
+            raise self._wrong("has a header that cannot be read" if self.sums else "is no backup of hookshot") from None
+        folder, slash, name = header.name.partition("/")
+        if not slash or not _ARCHIVE_FOLDER.fullmatch(folder) or folder != (self._folder or folder):
+            raise self._wrong(f"holds {_shown(header.name)}, which is not in its one folder hookshot-state-YYYYMMDD-HHMMSS")
+        # No links, devices, folders or sparse files, and none of the headers that change what follows them.
+        if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or header.linkname or header.size < 0:
+            raise self._wrong(f"holds {_shown(name or header.name)}, which is no plain file")
+        self._folder = folder
+        return name, header.size, header.mtime if isinstance(header.mtime, int) else 0
+
+    def _read_member(self, name: str, size: int) -> Iterator[bytes]:
+        digest, left = hashlib.sha256(), size
+        while left:
+            piece = self._read(min(left, _PIECE_BYTES))
+            if not piece:
+                raise self._wrong(f"is cut off in {name}")
+            digest.update(piece)
+            left -= len(piece)
+            yield piece
+        padding = -size % len(_SECTOR)
+        if self._read(padding) != _SECTOR[:padding]:
+            raise self._wrong(f"is damaged after {name}")
+        if name != _MANIFEST:
+            self.sums[name] = FileSum(digest.hexdigest(), size)
+
+    def _check_manifest(self, text: bytes) -> None:
+        try:
+            manifest = parse_json(text)
+        except HookshotError as error:
+            raise self._wrong(f"has a {_MANIFEST} that cannot be read ({error.sentence.replace('the body ', 'it ')})") from None
+        found = manifest if isinstance(manifest, dict) else {}
+        if found.get("format_version") != MANIFEST_FORMAT:
+            raise self._wrong(f"is of format {_shown(str(found.get('format_version')))}; this hookshot reads format {MANIFEST_FORMAT}")
+        for name, kind in (("created_at", str), ("hookshot_version", str), ("schema_version", int), ("files", dict)):
+            if not isinstance(found.get(name), kind):
+                raise self._wrong(f"has a {_MANIFEST} without {name}")
+        listed = found["files"]
+        for name in (*self.sums, *listed):
+            if name not in listed or name not in self.sums:
+                raise self._wrong(f"{'holds' if name in self.sums else 'lacks'} {_shown(name)}, and its {_MANIFEST} says otherwise")
+            if listed[name] != self.sums[name]._asdict():
+                raise self._wrong(f"has another {name} than its {_MANIFEST} says: it is damaged or was changed")
+        self.manifest = found
+
+
+def _shown(text: str) -> str:
+    return clip(escape_controls(text), 100)
+
+
+# --- import
+
+
+class Targets(NamedTuple):
+    """Where an import puts what. They come from the command line and from a config.toml, never from names in an archive."""
+
+    config: str
+    services: str
+    secrets: str
+    data_dir: str
+
+
+class Restoration(NamedTuple):
+    """What an import did, or would do."""
+
+    created_at: str
+    hookshot_version: str
+    schema_version: int
+    targets: Targets
+    has_secrets: bool
+    deployments: int
+    logs: int
+    ended: tuple[Deployment, ...]
+    warnings: tuple[str, ...]
+
+
+def refuse_half_import(data_dir: str) -> None:
+    """Raise if an import into this directory was cut short: some of its files may be the old ones, some the new."""
+    if os.path.lexists(os.path.join(data_dir, _JOURNAL)):
+        raise HookshotError("in_use", f"an import into {data_dir} was interrupted; run `hookshot import` again, which first puts back what was there")
+
+
+class _Import:
+    """One import: takes the members of an archive, then puts them in place. Everything it makes goes with `stack`."""
+
+    def __init__(self, stack: contextlib.ExitStack, config_path: str, services_path: str, at_ms: int, *, is_dry: bool, is_forced: bool):
+        self._paths, self._at_ms, self._is_dry, self._is_forced = (config_path, services_path), at_ms, is_dry, is_forced
+        # What is undone if the import fails, and what is in any case.
+        self._undo = stack.enter_context(contextlib.ExitStack())
+        self._stack = stack
+        self._texts: dict[str, bytes] = {}
+        self._numbers: set[int] = set()
+        self._logs = 0
+        self._folder = ""
+        self._owner: tuple[int, int] | None = None
+        self.schema_version = 0
+        self.targets = Targets(config_path, services_path, "", "")
+        self.warnings: list[str] = []
+
+    def take(self, member: Member) -> None:
+        """Keep one member, beside its place."""
+        if member.name in ("config.toml", "services.toml", "secrets"):
+            self._texts[member.name] = b"".join(member.content)
+            return
+        if not self._folder:
+            self._begin()
+        if member.name == _DATABASE:
+            self._write(os.path.join(self._folder, _DATABASE), member)
+            self._check_database()
+        elif int(_LOG_MEMBER.fullmatch(member.name)[1]) not in self._numbers:  # type: ignore[index]
+            raise _bad(f"the archive holds {member.name}, and its database knows no such deployment")
+        else:
+            self._write(os.path.join(self._folder, member.name), member)
+            self._logs += 1
+
+    def _write(self, path: str, member: Member) -> None:
+        _need_room(self._folder, member.size, member.name)
+        changed_s = min(max(member.changed_s, 0), self._at_ms // 1000)
+        _write_file(path, member.content, 0o600, self._owner, changed_s=changed_s)
+
+    # --- before
+
+    def _begin(self) -> None:
+        """Find out where to, make sure that nobody works there, and make the folder to unpack into."""
+        for name in ("config.toml", "services.toml"):
+            if name not in self._texts:
+                raise _bad(f"the archive lacks {name}")
+        self._choose_targets()
+        data_dir = self.targets.data_dir
+        if self._is_dry:
+            import tempfile  # only a dry run needs it
+
+            self._look_at(data_dir)
+            self._folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="hookshot-import-"))
+        else:
+            self._take_over(data_dir)
+            self._folder = self._stack.enter_context(_make_workshop(data_dir, "import"))
+        os.mkdir(os.path.join(self._folder, "logs"), 0o700)
+        if self._owner:
+            os.chown(os.path.join(self._folder, "logs"), *self._owner, follow_symlinks=False)
+
+    def _choose_targets(self) -> None:
+        """Take data_dir and secrets_file from the present config.toml, from the archive's if that is absent or broken."""
+        config_path, services_path = self._paths
+        self.warnings.clear()
+        archived, problems = _parse_config(self._texts["config.toml"], "config.toml of the archive")
+        try:
+            present, broken = _parse_config(_read_whole(config_path, _LARGEST["config.toml"]), config_path)
+            why = "is broken"
+        except (OSError, ValueError) as error:
+            present, broken, why = None, (), "is not there" if isinstance(error, FileNotFoundError) else "cannot be read"
+        if present is None or broken:
+            if problems:
+                raise ConfigError((*broken, *problems))
+            self.warnings.append(f"{config_path} {why}, so the paths are those of the archive's config.toml: "
+                                 f"{archived.storage.data_dir} and {archived.secrets.secrets_file}")
+            present = archived
+        elif problems:
+            self.warnings.append(f"the archive's config.toml has {len(problems)} problem{'s' * (len(problems) != 1)}; run `hookshot validate` before the server starts")
+        self.targets = Targets(config_path, services_path, present.secrets.secrets_file, present.storage.data_dir)
+        places = {os.path.normpath(path) for path in (*self.targets, os.path.join(present.storage.data_dir, _DATABASE), os.path.join(present.storage.data_dir, "logs"))}
+        if len(places) != len(self.targets) + 2:
+            raise HookshotError("config", f"two files would go to one place: {', '.join(self.targets)}; choose others with -c and -s")
+        for key, here, there in (("storage.data_dir", present.storage.data_dir, archived.storage.data_dir),
+                                 ("secrets.secrets_file", present.secrets.secrets_file, archived.secrets.secrets_file)):
+            if here != there and there:
+                self.warnings.append(f"the archive's config.toml has {key} = {json.dumps(there)}, the present one {json.dumps(here)}, which is where the files "
+                                     f"go; change it in {config_path} before the server starts")
+        if "secrets" not in self._texts:
+            what = "stays as it is" if os.path.exists(self.targets.secrets) else "does not exist: create it"
+            self.warnings.append(f"the archive was made without secrets; {self.targets.secrets} {what}")
+
+    def _look_at(self, data_dir: str) -> None:
+        """Say what stands in the way of an import; only what stopping the server does not settle is refused."""
+        if os.path.lexists(os.path.join(data_dir, _JOURNAL)):
+            self.warnings.append(f"an import into {data_dir} was interrupted; the next one first puts back what was there")
+        holder = FolderLock.holder(data_dir)
+        if holder is None:
+            self._refuse_unfinished(data_dir)
+        else:
+            self.warnings.append(f"another hookshot (pid {holder}) uses {data_dir}; it must be stopped for the import itself, with its deployments ended")
+
+    def _take_over(self, data_dir: str) -> None:
+        for folder in (data_dir, *map(os.path.dirname, self.targets[:3])):
+            self._make_folder(folder, 0o700 if folder == data_dir else 0o755)
+        status = os.stat(data_dir)
+        self._owner = (status.st_uid, status.st_gid) if os.geteuid() == 0 else None
+        is_new = not os.listdir(data_dir)
+        lock = FolderLock(data_dir)
+        self._stack.callback(lock.release)
+        if is_new:
+            self._undo.callback(os.unlink, lock.path)
+        if self._owner:
+            os.chown(lock.path, *self._owner, follow_symlinks=False)
+        if undo_import(data_dir):
+            self._choose_targets()
+            self.warnings.append(f"an earlier import into {data_dir} was interrupted; what was there before it was put back first")
+            if self.targets.data_dir != data_dir:
+                raise HookshotError("in_use", f"the config.toml that was put back names {self.targets.data_dir}; run the import again")
+        self._refuse_unfinished(data_dir)
+
+    def _make_folder(self, folder: str, mode: int) -> None:
+        if not os.path.isdir(folder):
+            self._make_folder(os.path.dirname(folder), 0o755)
+            os.mkdir(folder, mode)
+            self._undo.callback(_remove_folder, folder)
+
+    def _refuse_unfinished(self, data_dir: str) -> None:
+        path = os.path.join(data_dir, _DATABASE)
+        number = count_unfinished(path) if os.path.exists(path) else 0
+        if number is None:
+            self.warnings.append(f"the present database {path} cannot be read, so nobody knows what is unfinished in it")
+        elif number and not self._is_forced:
+            raise HookshotError("in_use", f"{number} deployment{'s' * (number != 1)} in {data_dir} {'are' if number != 1 else 'is'} unfinished; start the server "
+                                          "and let them end, or give them up with --force")
+
+    # --- after
+
+    def _check_database(self) -> None:
+        path = os.path.join(self._folder, _DATABASE)
+        version, problem = check_database(path)
+        if version > len(MIGRATIONS):
+            raise _bad(f"the archive was made by a newer hookshot (schema {version}, this one knows {len(MIGRATIONS)}); import it with that version")
+        if problem:
+            raise _bad(f"the archive's database is damaged ({problem})")
+        self.schema_version, self._numbers = version, set(deployment_numbers(path))
+
+    def settle(self, manifest: Mapping[str, Any]) -> Restoration:
+        """Make the unpacked database one that a server may start on; return what the import is about."""
+        if not self._folder or not self.schema_version:
+            raise _bad(f"the archive lacks {_DATABASE}")
+        if manifest["schema_version"] != self.schema_version:
+            raise _bad(f"the archive's database has schema {self.schema_version}, and its {_MANIFEST} says {_shown(str(manifest['schema_version']))}")
+        store = Store(self._folder)
+        try:
+            ended = store.settle_restored(RESTORED, self._at_ms)
+        except (ValueError, TypeError, KeyError):
+            raise _bad("the archive's database holds deployments that cannot be read") from None
+        finally:
+            store.close()
+        return Restoration(_shown(manifest["created_at"]), _shown(manifest["hookshot_version"]), self.schema_version, self.targets,
+                           "secrets" in self._texts, len(self._numbers), self._logs, ended, tuple(self.warnings))
+
+    def put_in_place(self) -> None:
+        """Write the three texts beside their places, then move everything: all or, if anything fails, nothing."""
+        steps, older = [], []
+        database, logs = (os.path.join(self.targets.data_dir, name) for name in (_DATABASE, "logs"))
+        # The write-ahead log belongs to the old database: with the new one it would be its ruin. Under these names it
+        # is found again with state.db.bak.
+        for suffix in ("", "-wal", "-shm"):
+            self._plan_swap(steps, older, database + suffix, f"{database}.bak{suffix}", os.path.join(self._folder, _DATABASE) if not suffix else None)
+        self._plan_swap(steps, older, logs, f"{logs}.bak", os.path.join(self._folder, "logs"))
+        # config.toml comes last: until then it says where the journal is.
+        for name, path, mode in (("secrets", self.targets.secrets, 0o600), ("services.toml", self.targets.services, 0o644),
+                                 ("config.toml", self.targets.config, 0o644)):
+            if name in self._texts:
+                self._plan_swap(steps, older, path, f"{path}.bak", self._write_text(path, self._texts[name], mode, is_secret=name == "secrets"))
+        # One call for all logs, where an fsync for each would take minutes.
+        os.sync()
+        _move_all(self.targets.data_dir, steps)
+        self._undo.pop_all()
+        for path in older:
+            # The import is done; what cannot be removed now is removed by the next one.
+            with contextlib.suppress(OSError):
+                _remove(path)
+
+    def _write_text(self, path: str, content: bytes, mode: int, *, is_secret: bool) -> str:
+        """Write a file's new content beside it, with the owner and (unless it is secret) the mode of the old one."""
+        beside, owner = f"{path}.new", self._owner if is_secret else None
+        if os.path.exists(path):
+            status = os.stat(path)
+            mode = mode if is_secret else stat.S_IMODE(status.st_mode)
+            owner = (status.st_uid, status.st_gid) if os.geteuid() == 0 else None
+        _remove(beside)
+        self._stack.callback(_remove, beside)
+        _write_file(beside, [content], mode, owner)
+        return beside
+
+    @staticmethod
+    def _plan_swap(steps: list[tuple[str, str]], older: list[str], path: str, backup: str, new: str | None) -> None:
+        """Add the renames that put `new` at `path`, what is there at `backup`, and what is there aside, to be removed."""
+        if os.path.lexists(backup):
+            older.append(f"{backup}.older")
+            _remove(older[-1])
+            steps.append((backup, older[-1]))
+        if os.path.lexists(path):
+            steps.append((path, backup))
+        if new:
+            steps.append((new, path))
+
+
+def _bad(what: str) -> HookshotError:
+    return HookshotError("bad_archive", f"{what}; nothing was changed")
+
+
+def _parse_config(content: bytes, file: str) -> tuple[Config, tuple[Problem, ...]]:
+    """Return a config.toml and what is wrong with it; ValueError if it is no text."""
+    problems: list[Problem] = []
+    config = load_config(content.decode("utf-8-sig"), file, problems)
+    return config, tuple(problem for problem in problems if not problem.is_warning)
+
+
+def _write_file(path: str, content: Iterable[bytes], mode: int, owner: tuple[int, int] | None, *, changed_s: int | None = None) -> None:
+    """Create a file that must not exist yet. It is not yet sure to be on disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        for piece in content:
+            file.write(piece)
+        file.flush()
+        if owner:
+            os.fchown(descriptor, *owner)
+        os.fchmod(descriptor, mode)
+        if changed_s is not None:
+            os.utime(descriptor, (changed_s, changed_s))
+
+
+def _remove(path: str) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
+
+
+def _remove_folder(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+def _move_all(data_dir: str, steps: Sequence[tuple[str, str]]) -> None:
+    """Rename each of `steps`, or none of them: also kill -9 and power loss leave a journal, from which undo_import() puts back."""
+    journal = os.path.join(data_dir, _JOURNAL)
+    with contextlib.ExitStack() as stack:
+        stack.callback(undo_import, data_dir)
+        write_private_file(f"{journal}.new", json.dumps(steps))
+        os.rename(f"{journal}.new", journal)
+        _sync_folder(data_dir)
+        for before, after in steps:
+            os.rename(before, after)
+        for folder in {os.path.dirname(path) for step in steps for path in step}:
+            _sync_folder(folder)
+        os.unlink(journal)
+        stack.pop_all()
+    _sync_folder(data_dir)
+
+
+def undo_import(data_dir: str) -> bool:
+    """Put back what an import that did not come to its end has moved; return whether there was one. Under the FolderLock."""
+    journal = os.path.join(data_dir, _JOURNAL)
+    _remove(f"{journal}.new")
+    try:
+        descriptor = os.open(journal, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    with os.fdopen(descriptor, "rb") as file:
+        # Others may write in the server's directory: only a journal of ours tells what is renamed.
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            raise HookshotError("in_use", f"an import into {data_dir} by another user was interrupted; run the import as that user")
+        steps = json.loads(file.read())
+    # Each step went to a name that was free, so what has its source again, or never left it, needs nothing.
+    for before, after in reversed(steps):
+        if os.path.lexists(after) and not os.path.lexists(before):
+            os.rename(after, before)
+    for folder in {os.path.dirname(path) for step in steps for path in step}:
+        if os.path.isdir(folder):
+            _sync_folder(folder)
+    os.unlink(journal)
+    _sync_folder(data_dir)
+    return True
+
+
+def import_archive(stream: Any, label: str, config_path: str, services_path: str, at_ms: int, *, is_dry: bool, is_forced: bool) -> Restoration:
+    """Put an archive's contents in place of what this host has, or say what that would do. All or nothing."""
+    try:
+        with contextlib.ExitStack() as stack:
+            work = _Import(stack, config_path, services_path, at_ms, is_dry=is_dry, is_forced=is_forced)
+            reader = ArchiveReader(stream, label)
+            reader.read(work.take)
+            restoration = work.settle(reader.manifest)
+            if not is_dry:
+                work.put_in_place()
+            return restoration
+    except OSError as error:
+        raise HookshotError("cannot_write", f"{error.filename or label} cannot be written: {error.strerror}; everything is as it was") from None
+    except HookshotError as error:
+        # The disk that is full is the one that is unpacked to, not a server's.
+        if error.name in ("disk_full", "storage"):
+            raise HookshotError("cannot_write", f"{error.sentence}; everything is as it was") from None
+        raise
+
+
 # === 21. DAEMON =======================================================================================================
 # Builds the parts, runs them, takes them down again. The only place that wires; owns what is in force and the signals.
 #
@@ -9401,6 +10265,7 @@ class Daemon:
         try:
             make_private_folder(config.storage.data_dir)
             self._parts.callback(FolderLock(config.storage.data_dir).release)
+            refuse_half_import(config.storage.data_dir)
             store = Store(config.storage.data_dir)
             self._parts.callback(store.close)
             make_private_folder(store.logs)
@@ -10575,6 +11440,55 @@ def notify_test(args: argparse.Namespace) -> int:
     return EXIT_OK if attempt.outcome == "delivered" else ERRORS["unreachable"].exit
 
 
+# --- backup
+
+
+def export_state(args: argparse.Namespace) -> int:
+    """Write an archive of everything that this server has; it may go on meanwhile."""
+    if args.file == "-" and (not sys.stdout or sys.stdout.isatty()):
+        raise HookshotError("usage", "an archive is no text for a terminal; name a file, or send it on (| age -r ...)")
+    source = gather(*_paths(args), has_secrets=args.secrets, has_logs=args.logs)
+    try:
+        if args.file == "-":
+            counts = write_archive(source, sys.stdout.buffer, now_ms())
+            sys.stdout.flush()
+        else:
+            counts = save_archive(source, os.path.abspath(args.file), now_ms())
+    except OSError as error:
+        _silence_stdout()
+        raise HookshotError("cannot_write", f"standard output cannot be written: {error.strerror}; what went out is no backup") from None
+    _say(f"exported {counts.deployments} deployments and {counts.logs} logs, {'with' if args.secrets else 'without'} secrets"
+         + ("" if counts.is_compressed else "; uncompressed, because this Python lacks zlib"))
+    return EXIT_OK
+
+
+def import_state(args: argparse.Namespace) -> int:
+    """Put an archive's contents in place of what this host has, or say what that would do."""
+    if args.file == "-" and (not sys.stdin or sys.stdin.isatty()):
+        raise HookshotError("usage", "an archive is not typed in; name a file, or send one to standard input")
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if args.file == "-" else open(args.file, "rb") as stream:
+            done = import_archive(stream, "the archive" if args.file == "-" else args.file, *_paths(args), now_ms(), is_dry=args.dry_run, is_forced=args.force)
+    except OSError as error:
+        raise HookshotError("usage", f"{args.file} cannot be read: {error.strerror}") from None
+    if args.json:
+        _print_json({"dry_run": args.dry_run, "created_at": done.created_at, "hookshot_version": done.hookshot_version, "schema_version": done.schema_version,
+                     "deployments": done.deployments, "logs": done.logs, "secrets": done.has_secrets, "paths": done.targets._asdict(),
+                     "ended": [{"deploy_id": ended.deploy_id, "service": ended.service, "status": ended.state} for ended in done.ended],
+                     "warnings": done.warnings})
+        return EXIT_OK
+    would = "would be " if args.dry_run else ""
+    print(f"backup of {done.created_at} by hookshot {done.hookshot_version}: {done.deployments} deployments, {done.logs} logs")
+    _print_table(("WHAT", "WHERE"), [("config.toml", done.targets.config), ("services.toml", done.targets.services),
+                                     *([("secrets", done.targets.secrets)] if done.has_secrets else []), ("database and logs", done.targets.data_dir)])
+    for ended in done.ended:
+        print(f"{escape_controls(ended.deploy_id)} was unfinished in the backup; it {would or 'is '}{ended.state}")
+    for warning in done.warnings:
+        _say(f"warning: {escape_controls(warning)}")
+    _say("nothing was changed" if args.dry_run else "imported; what was there before is kept as NAME.bak")
+    return EXIT_OK
+
+
 # --- demo
 
 DEMO_STEPS = (
@@ -10720,6 +11634,14 @@ COMMANDS: dict[str, CliCommand] = {
     "watch": CliCommand(watch, "show services and running deployments as they change", (*_TO_SERVER, _JSON)),
     "notify-test": CliCommand(notify_test, "send a sample notice through a channel and show what the receiver answered", (
         _argument("channel", metavar="CHANNEL"), _JSON)),
+    "export": CliCommand(export_state, "write a backup of database, both files, secrets and logs; the server may go on meanwhile", (
+        _argument("file", metavar="FILE", help="file to write, or - for standard output"),
+        _argument("--no-secrets", dest="secrets", action="store_false", help="leave the secrets out"),
+        _argument("--no-logs", dest="logs", action="store_false", help="leave the logs of deployments out"))),
+    "import": CliCommand(import_state, "restore a backup, all or nothing; what was there is kept as NAME.bak", (
+        _argument("file", metavar="FILE", help="file to read, or - for standard input"),
+        _argument("-n", "--dry-run", action="store_true", help="check everything and say what would happen; nothing does"),
+        _argument("--force", action="store_true", help="also if deployments of the present database are unfinished: they are given up"), _JSON)),
     "sign": CliCommand(sign_body, "print the signature header of a body, for curl -H", (_argument("file", nargs="?", default="-", metavar="FILE", help="file to sign (default: -, standard input)"),
         _argument("--timestamp", action="store_true", help="the three headers of Standard Webhooks, good for security.replay_window"), *_TO_SERVER)),
 }
@@ -10775,7 +11697,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"hookshot: {error.sentence}")
         return error.kind.exit
     except KeyboardInterrupt:
-        _say("interrupted; a deployment that was accepted goes on without you")
+        _say("interrupted" + "; a deployment that was accepted goes on without you" * (args.command not in ("export", "import")))
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         _silence_stdout()  # `hookshot history | head`: the reader has enough
