@@ -9804,7 +9804,9 @@ class _Import:
         self.warnings.clear()
         archived, problems = _parse_config(self._texts["config.toml"], "config.toml of the archive")
         try:
-            present, broken = _parse_config(_read_whole(config_path, _LARGEST["config.toml"]), config_path)
+            # An import that died between the two renames of config.toml, its last: the old one still says where the journal is.
+            is_between = os.path.lexists(f"{config_path}.new") and not os.path.lexists(config_path)
+            present, broken = _parse_config(_read_whole(f"{config_path}.bak" if is_between else config_path, _LARGEST["config.toml"]), config_path)
             why = "is broken"
         except (OSError, ValueError) as error:
             present, broken, why = None, (), "is not there" if isinstance(error, FileNotFoundError) else "cannot be read"
@@ -10000,7 +10002,9 @@ def _move_all(data_dir: str, steps: Sequence[tuple[str, str]]) -> None:
             _sync_folder(folder)
         os.unlink(journal)
         stack.pop_all()
-    _sync_folder(data_dir)
+    # Everything is in its new place: a disk that fails now does not make it undone.
+    with contextlib.suppress(OSError):
+        _sync_folder(data_dir)
 
 
 def undo_import(data_dir: str) -> bool:
