@@ -4588,7 +4588,10 @@ class Store:
     # --- after a restore
 
     def settle_restored(self, reason: str, at_ms: int) -> tuple[Deployment, ...]:
-        """End what a backup caught unfinished, durably, and return it: what was asked for back then must not run now."""
+        """End what a backup caught unfinished, durably, and return it: what was asked for back then must not run now.
+
+        Raises `storage` for records that are not as this program writes them.
+        """
         def work(db: sqlite3.Connection) -> tuple[Deployment, ...]:
             # New moves get numbers that others had in the database's other future. With a new id of the database the
             # notices of both are not taken for the same.
@@ -4596,7 +4599,10 @@ class Store:
             rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE completed_ms IS NULL ORDER BY seq").fetchall()
             return tuple(self._give_up(db, _deployment_of(row), reason, at_ms) for row in rows)
 
-        return self._write(work, durable=True)
+        try:
+            return self._write(work, durable=True)
+        except (ValueError, TypeError, KeyError, sqlite3.IntegrityError):
+            raise HookshotError("storage", "its records cannot be read") from None
 
     def _give_up(self, db: sqlite3.Connection, found: Deployment, reason: str, at_ms: int) -> Deployment:
         if found.state is State.QUEUED:
@@ -4608,6 +4614,12 @@ class Store:
 
 # Pages of 4 KB at a time: between two steps Ctrl-C is heard.
 _COPY_PAGES = 1024
+# Two databases of one schema give the same; the text of their schemas may differ with the version of SQLite. What
+# ANALYZE leaves is SQLite's own.
+_SHAPES = (
+    "SELECT type, name, tbl_name FROM sqlite_master WHERE name NOT LIKE 'sqlite!_stat%' ESCAPE '!'",
+    "SELECT m.name, c.cid, c.name, c.type, c.\"notnull\", c.pk FROM sqlite_master AS m JOIN pragma_table_info(m.name) AS c "
+    "WHERE m.type='table' AND m.name NOT LIKE 'sqlite!_stat%' ESCAPE '!'")
 
 
 def _open_existing(path: str, mode: str) -> sqlite3.Connection:
@@ -4635,6 +4647,7 @@ def check_database(path: str) -> tuple[int, str | None]:
         with contextlib.closing(_open_existing(path, "immutable=1")) as db, contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as model:
             # It may come from an archive that someone has made up: nothing in its schema shall be carried out.
             db.execute("PRAGMA trusted_schema=OFF")
+            db.text_factory = lambda text: text.decode("utf-8", "replace")
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > len(MIGRATIONS):
                 return version, None
@@ -4643,9 +4656,12 @@ def check_database(path: str) -> tuple[int, str | None]:
                 return version, clip(escape_controls(problem), 100)
             for script in MIGRATIONS[:version]:
                 model.executescript(script)
-            # No triggers, no views, no tables but ours.
-            objects, expected = ({tuple(row) for row in each.execute("SELECT type, name, tbl_name FROM sqlite_master").fetchall()} for each in (db, model))
+            # No triggers, no views, no tables and columns but ours.
+            objects, expected = ({tuple(row) for query in _SHAPES for row in each.execute(query).fetchall()} for each in (db, model))
             return version, None if version > 0 and objects == expected else "its tables are not those of hookshot"
+    except UnicodeDecodeError:
+        # What Python makes of an error of SQLite's whose message quotes a damaged schema.
+        return 0, "its schema cannot be read"
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
             return 0, clip(escape_controls(str(error)), 100)
@@ -4666,7 +4682,7 @@ def count_unfinished(path: str) -> int | None:
     try:
         with contextlib.closing(_open_existing(path, mode)) as db:
             return db.execute("SELECT count(*) FROM deployments WHERE completed_ms IS NULL").fetchone()[0]
-    except sqlite3.Error:
+    except (sqlite3.Error, UnicodeDecodeError):  # the latter from a message that quotes a damaged schema
         return None
 
 
@@ -9387,11 +9403,12 @@ class BackupSource(NamedTuple):
 
 
 class BackupCounts(NamedTuple):
-    """What an archive got: deployments in the database, logs; and whether it is compressed (Python may lack zlib)."""
+    """What an archive got: deployments in the database, logs; whether it is compressed (Python may lack zlib), and the sum of the tar in it."""
 
     deployments: int
     logs: int
     is_compressed: bool
+    sha256: str
 
 
 def gather(config_path: str, services_path: str, *, has_secrets: bool, has_logs: bool) -> BackupSource:
@@ -9447,6 +9464,7 @@ class _ArchiveWriter:
 
     def __init__(self, out: Any, notes: Any, at_ms: int):
         self._out, self._notes, self._at_s = out, notes, at_ms // 1000
+        self.written = hashlib.sha256()
         self._folder = time.strftime("hookshot-state-%Y%m%d-%H%M%S", time.gmtime(self._at_s))
 
     def add(self, name: str, size: int, content: Iterable[bytes], *, changed_s: int | None = None) -> None:
@@ -9458,15 +9476,15 @@ class _ArchiveWriter:
                                 + ("; leave logs out with --no-logs" if name == _MANIFEST or name.startswith("logs/") else ""))
         header = tarfile.TarInfo(f"{self._folder}/{name}")
         header.size, header.mode, header.mtime = size, 0o600, self._at_s if changed_s is None else changed_s
-        self._out.write(header.tobuf(tarfile.GNU_FORMAT))
+        self._write(header.tobuf(tarfile.GNU_FORMAT))
         digest, left = hashlib.sha256(), size
         for piece in content:
             digest.update(piece)
             left -= len(piece)
-            self._out.write(piece)
+            self._write(piece)
         if left:
             raise HookshotError("storage", f"{name} became shorter while it was read; run it again")
-        self._out.write(_SECTOR[: -size % len(_SECTOR)])
+        self._write(_SECTOR[: -size % len(_SECTOR)])
         self._notes.write(b",\n" * (self._notes.tell() > 0) + f'"{name}": {{"sha256": "{digest.hexdigest()}", "size": {size}}}'.encode())
 
     def finish(self, schema_version: int) -> None:
@@ -9477,14 +9495,23 @@ class _ArchiveWriter:
         size = self._notes.tell()
         self._notes.seek(0)
         self.add(_MANIFEST, len(head) + size + len(tail), itertools.chain([head], _pieces(self._notes, size), [tail]))
-        self._out.write(_SECTOR * 2)
+        self._write(_SECTOR * 2)
+
+    def _write(self, piece: bytes) -> None:
+        self.written.update(piece)
+        self._out.write(piece)
 
 
 def write_archive(source: BackupSource, out: Any, at_ms: int) -> BackupCounts:
     """Write an archive of this instant to an open file; the server may be at work meanwhile. OSError is of `out`."""
     path = os.path.join(source.data_dir, _DATABASE)
-    if not os.path.exists(path):
-        raise HookshotError("config", f"there is no database in {source.data_dir} yet; start the server once, or correct storage.data_dir")
+    refuse_half_import(source.data_dir)
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        raise HookshotError("config", f"there is no database in {source.data_dir} yet; start the server once, or correct storage.data_dir") from None
+    except OSError as error:
+        raise HookshotError("config", f"{path} cannot be read: {error.strerror}; run this as root or as the server's user") from None
     with contextlib.ExitStack() as stack:
         try:
             workshop = stack.enter_context(_make_workshop(source.data_dir, "export"))
@@ -9510,7 +9537,7 @@ def write_archive(source: BackupSource, out: Any, at_ms: int) -> BackupCounts:
             deployments += 1
             logs += source.has_logs and _add_log(writer, source.data_dir, number)
         writer.finish(schema_version)
-        return BackupCounts(deployments, logs, packed is not out)
+        return BackupCounts(deployments, logs, packed is not out, writer.written.hexdigest())
 
 
 def _add_log(writer: _ArchiveWriter, data_dir: str, number: int) -> bool:
@@ -9558,7 +9585,8 @@ def save_archive(source: BackupSource, path: str, at_ms: int) -> BackupCounts:
                 out.flush()
                 os.fsync(descriptor)
                 out.seek(0)
-                _read_back(out, path)
+                if _sum_of(out) != counts.sha256:
+                    raise HookshotError("cannot_write", f"{path} was not kept, because it reads back otherwise than it was written; check the disk")
             os.rename(part, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -9569,15 +9597,29 @@ def save_archive(source: BackupSource, path: str, at_ms: int) -> BackupCounts:
     return counts
 
 
-def _read_back(written: Any, path: str) -> None:
+def _sum_of(archive: Any) -> str | None:
+    """Return the sum of the tar in an archive, None if it cannot be read. In little memory, unlike an import."""
+    tar, damage = _unpacked(archive)
+    digest = hashlib.sha256()
     try:
-        ArchiveReader(written, "it").read(lambda member: None)
-    except HookshotError as error:
-        raise HookshotError("cannot_write", f"{path} was not kept, because what was written reads back otherwise: {error.sentence.partition(';')[0]}; "
-                                            "check the disk") from None
+        for piece in iter(lambda: tar.read(_PIECE_BYTES), b""):
+            digest.update(piece)
+    except damage:
+        return None
+    return digest.hexdigest()
 
 
 # --- reading an archive
+
+
+def _unpacked(stream: Any) -> tuple[Any, tuple[type[Exception], ...]]:
+    """Return the tar in an archive, compressed or not, and what reading it raises if it is damaged. ImportError without zlib."""
+    if stream.peek(2)[:2] != b"\x1f\x8b":
+        return stream, (EOFError,)
+    import gzip  # only a backup needs it
+    import zlib
+
+    return gzip.GzipFile(fileobj=stream, mode="rb"), (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 class Member(NamedTuple):
@@ -9598,17 +9640,13 @@ class ArchiveReader:
     def __init__(self, stream: Any, label: str):
         """Take a buffered binary file that stands at its beginning; `label` is its name in messages."""
         self._label = label
-        self._stream, self._damage = stream, (EOFError,)
+        try:
+            self._stream, self._damage = _unpacked(stream)
+        except ImportError:
+            raise HookshotError("config", f"this Python lacks zlib; unpack {label} with gunzip first") from None
         self._folder = ""
         self.sums: dict[str, FileSum] = {}
         self.manifest: dict[str, Any] = {}
-        if stream.peek(2)[:2] == b"\x1f\x8b":
-            try:
-                import gzip  # only a backup needs it
-                import zlib
-            except ImportError:
-                raise HookshotError("config", f"this Python lacks zlib; unpack {label} with gunzip first") from None
-            self._stream, self._damage = gzip.GzipFile(fileobj=stream, mode="rb"), (EOFError, zlib.error, gzip.BadGzipFile)
 
     def read(self, take: Callable[[Member], None]) -> None:
         """Hand over every member but the manifest; what is left of its content is read all the same."""
@@ -9740,17 +9778,17 @@ def refuse_half_import(data_dir: str) -> None:
 
 
 class _Import:
-    """One import: takes the members of an archive, then puts them in place. Everything it makes goes with `stack`."""
+    """One import: takes the members of an archive, then puts them in place. What it makes beside the places goes with `stack`."""
 
-    def __init__(self, stack: contextlib.ExitStack, config_path: str, services_path: str, at_ms: int, *, is_dry: bool, is_forced: bool):
+    def __init__(self, config_path: str, services_path: str, at_ms: int, *, is_dry: bool, is_forced: bool):
         self._paths, self._at_ms, self._is_dry, self._is_forced = (config_path, services_path), at_ms, is_dry, is_forced
-        # What is undone if the import fails, and what is in any case.
-        self._undo = stack.enter_context(contextlib.ExitStack())
-        self._stack = stack
+        self.stack = contextlib.ExitStack()
+        # What is undone only if the import fails.
+        self._undo = self.stack.enter_context(contextlib.ExitStack())
         self._texts: dict[str, bytes] = {}
         self._numbers: set[int] = set()
         self._logs = 0
-        self._folder = ""
+        self.folder = ""
         self._owner: tuple[int, int] | None = None
         self.schema_version = 0
         self.targets = Targets(config_path, services_path, "", "")
@@ -9761,19 +9799,19 @@ class _Import:
         if member.name in ("config.toml", "services.toml", "secrets"):
             self._texts[member.name] = b"".join(member.content)
             return
-        if not self._folder:
+        if not self.folder:
             self._begin()
         if member.name == _DATABASE:
-            self._write(os.path.join(self._folder, _DATABASE), member)
+            self._write(os.path.join(self.folder, _DATABASE), member)
             self._check_database()
         elif int(_LOG_MEMBER.fullmatch(member.name)[1]) not in self._numbers:  # type: ignore[index]
             raise _bad(f"the archive holds {member.name}, and its database knows no such deployment")
         else:
-            self._write(os.path.join(self._folder, member.name), member)
+            self._write(os.path.join(self.folder, member.name), member)
             self._logs += 1
 
     def _write(self, path: str, member: Member) -> None:
-        _need_room(self._folder, member.size, member.name)
+        _need_room(self.folder, member.size, member.name)
         changed_s = min(max(member.changed_s, 0), self._at_ms // 1000)
         _write_file(path, member.content, 0o600, self._owner, changed_s=changed_s)
 
@@ -9790,19 +9828,22 @@ class _Import:
             import tempfile  # only a dry run needs it
 
             self._look_at(data_dir)
-            self._folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="hookshot-import-"))
+            self.folder = self.stack.enter_context(tempfile.TemporaryDirectory(prefix="hookshot-import-"))
         else:
             self._take_over(data_dir)
-            self._folder = self._stack.enter_context(_make_workshop(data_dir, "import"))
-        os.mkdir(os.path.join(self._folder, "logs"), 0o700)
+            self.folder = self.stack.enter_context(_make_workshop(data_dir, "import"))
+        os.mkdir(os.path.join(self.folder, "logs"), 0o700)
         if self._owner:
-            os.chown(os.path.join(self._folder, "logs"), *self._owner, follow_symlinks=False)
+            os.chown(os.path.join(self.folder, "logs"), *self._owner, follow_symlinks=False)
 
     def _choose_targets(self) -> None:
         """Take data_dir and secrets_file from the present config.toml, from the archive's if that is absent or broken."""
         config_path, services_path = self._paths
         self.warnings.clear()
-        archived, problems = _parse_config(self._texts["config.toml"], "config.toml of the archive")
+        try:
+            archived, problems = _parse_config(self._texts["config.toml"], "config.toml of the archive")
+        except UnicodeDecodeError:
+            raise _bad("the archive's config.toml is not UTF-8") from None
         try:
             # An import that died between the two renames of config.toml, its last: the old one still says where the journal is.
             is_between = os.path.lexists(f"{config_path}.new") and not os.path.lexists(config_path)
@@ -9848,7 +9889,7 @@ class _Import:
         self._owner = (status.st_uid, status.st_gid) if os.geteuid() == 0 else None
         is_new = not os.listdir(data_dir)
         lock = FolderLock(data_dir)
-        self._stack.callback(lock.release)
+        self.stack.callback(lock.release)
         if is_new:
             self._undo.callback(os.unlink, lock.path)
         if self._owner:
@@ -9878,7 +9919,7 @@ class _Import:
     # --- after
 
     def _check_database(self) -> None:
-        path = os.path.join(self._folder, _DATABASE)
+        path = os.path.join(self.folder, _DATABASE)
         version, problem = check_database(path)
         if version > len(MIGRATIONS):
             raise _bad(f"the archive was made by a newer hookshot (schema {version}, this one knows {len(MIGRATIONS)}); import it with that version")
@@ -9888,17 +9929,23 @@ class _Import:
 
     def settle(self, manifest: Mapping[str, Any]) -> Restoration:
         """Make the unpacked database one that a server may start on; return what the import is about."""
-        if not self._folder or not self.schema_version:
+        if not self.folder or not self.schema_version:
             raise _bad(f"the archive lacks {_DATABASE}")
         if manifest["schema_version"] != self.schema_version:
             raise _bad(f"the archive's database has schema {self.schema_version}, and its {_MANIFEST} says {_shown(str(manifest['schema_version']))}")
-        store = Store(self._folder)
         try:
-            ended = store.settle_restored(RESTORED, self._at_ms)
-        except (ValueError, TypeError, KeyError):
-            raise _bad("the archive's database holds deployments that cannot be read") from None
-        finally:
-            store.close()
+            store = Store(self.folder)
+            try:
+                ended = store.settle_restored(RESTORED, self._at_ms)
+            finally:
+                store.close()
+        except HookshotError as error:
+            if error.name != "storage":
+                raise
+            raise _bad(f"the archive's database cannot be used ({_shown(error.details or error.sentence)})") from None
+        except UnicodeDecodeError:
+            # What Python makes of an error of SQLite's whose message quotes a damaged schema.
+            raise _bad("the archive's database cannot be used") from None
         return Restoration(_shown(manifest["created_at"]), _shown(manifest["hookshot_version"]), self.schema_version, self.targets,
                            "secrets" in self._texts, len(self._numbers), self._logs, ended, tuple(self.warnings))
 
@@ -9909,8 +9956,8 @@ class _Import:
         # The write-ahead log belongs to the old database: with the new one it would be its ruin. Under these names it
         # is found again with state.db.bak.
         for suffix in ("", "-wal", "-shm"):
-            self._plan_swap(steps, older, database + suffix, f"{database}.bak{suffix}", os.path.join(self._folder, _DATABASE) if not suffix else None)
-        self._plan_swap(steps, older, logs, f"{logs}.bak", os.path.join(self._folder, "logs"))
+            self._plan_swap(steps, older, database + suffix, f"{database}.bak{suffix}", os.path.join(self.folder, _DATABASE) if not suffix else None)
+        self._plan_swap(steps, older, logs, f"{logs}.bak", os.path.join(self.folder, "logs"))
         # config.toml comes last: until then it says where the journal is.
         for name, path, mode in (("secrets", self.targets.secrets, 0o600), ("services.toml", self.targets.services, 0o644),
                                  ("config.toml", self.targets.config, 0o644)):
@@ -9933,7 +9980,7 @@ class _Import:
             mode = mode if is_secret else stat.S_IMODE(status.st_mode)
             owner = (status.st_uid, status.st_gid) if os.geteuid() == 0 else None
         _remove(beside)
-        self._stack.callback(_remove, beside)
+        self.stack.callback(_remove, beside)
         _write_file(beside, [content], mode, owner)
         return beside
 
@@ -10034,9 +10081,9 @@ def undo_import(data_dir: str) -> bool:
 
 def import_archive(stream: Any, label: str, config_path: str, services_path: str, at_ms: int, *, is_dry: bool, is_forced: bool) -> Restoration:
     """Put an archive's contents in place of what this host has, or say what that would do. All or nothing."""
+    work = _Import(config_path, services_path, at_ms, is_dry=is_dry, is_forced=is_forced)
     try:
-        with contextlib.ExitStack() as stack:
-            work = _Import(stack, config_path, services_path, at_ms, is_dry=is_dry, is_forced=is_forced)
+        with work.stack:
             reader = ArchiveReader(stream, label)
             reader.read(work.take)
             restoration = work.settle(reader.manifest)
@@ -10044,7 +10091,7 @@ def import_archive(stream: Any, label: str, config_path: str, services_path: str
                 work.put_in_place()
             return restoration
     except OSError as error:
-        raise HookshotError("cannot_write", f"{error.filename or label} cannot be written: {error.strerror}; everything is as it was") from None
+        raise HookshotError("cannot_write", f"{error.filename or work.folder or label} cannot be written: {error.strerror}; everything is as it was") from None
     except HookshotError as error:
         # The disk that is full is the one that is unpacked to, not a server's.
         if error.name in ("disk_full", "storage"):

@@ -20,6 +20,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import zlib
 
@@ -28,7 +29,8 @@ import pytest
 import hookshot
 from hookshot import HookshotError, Outcome, Store
 from support import KEY, PATIENCE_S, PROGRAM, Host, need, running, service, wait_until
-from test_store import LIMITS, MANY, TRIGGER, request_of, small_disk
+from test_cli import find_python
+from test_store import MANY, TRIGGER, request_of, small_disk
 
 AT_MS = 1_790_000_000_000
 SERVICES = service('["echo", "hello {{IMAGE}}"]') + service('["false"]', name="bad")
@@ -428,6 +430,31 @@ def test_an_export_needs_a_configuration_and_a_database(host, tmp_path, capsys):
     assert "unknown key" in capsys.readouterr().err and not target.exists()
 
 
+def test_another_user_is_told_whose_backup_it_is():
+    if os.geteuid() != 0:
+        pytest.skip("missing: root")
+    identity = {"user": 65534, "group": 65534, "extra_groups": []}
+    with tempfile.TemporaryDirectory(prefix="hookshot test ") as folder:
+        os.chmod(folder, 0o755)
+        host = fill(Host(pathlib.Path(folder, "host"), SERVICES))
+        shutil.copy(PROGRAM, folder)
+        for flags, words in (((), "secrets cannot be read: Permission denied"), (("--no-secrets",), "state.db cannot be read: Permission denied")):
+            done = subprocess.run([find_python(**identity), f"{folder}/hookshot.py", *files_of(host), "export", *flags, "-"], capture_output=True,
+                                  text=True, cwd="/", timeout=PATIENCE_S, **identity)
+            assert done.returncode == 78 and words in done.stderr and "the server's user" in done.stderr, done.stderr
+
+
+def test_what_reads_back_otherwise_is_noticed(archive):
+    """A disk that loses a byte, or the end."""
+    def sum_of(content: bytes) -> str | None:
+        return hookshot._sum_of(io.BufferedReader(io.BytesIO(content)))
+
+    bare = gzip.decompress(archive)
+    right = hashlib.sha256(bare).hexdigest()
+    assert sum_of(archive) == right == sum_of(bare)
+    assert right not in {sum_of(archive[:-1]), sum_of(archive[:-9]), sum_of(bare[:-1]), sum_of(b""), sum_of(archive[:50] + b"?" + archive[51:])}
+
+
 def test_a_damaged_database_is_not_exported(host, tmp_path, capsys):
     with open(host.data / "state.db", "r+b") as file:
         file.seek(4096)
@@ -607,6 +634,15 @@ def test_the_write_ahead_log_stays_with_its_database(tmp_path, archive, origin):
         assert sorted(path.name for path in host.data.iterdir()) == ["hookshot.lock", "logs", "logs.bak", "state.db", "state.db.bak"]
 
 
+def test_a_database_that_someone_analyzed_is_ours_all_the_same(host, archive, tmp_path):
+    path = tmp_path / "analyzed.db"
+    path.write_bytes(members_of(archive)["state.db"])
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("ANALYZE")
+        db.execute("PRAGMA journal_mode=DELETE")
+    assert take_in(host, pack(*plain(members_of(archive) | {"state.db": path.read_bytes()}))).deployments == 4
+
+
 def test_a_new_history_has_a_new_identity(origin, archive, host):
     """Its next moves get numbers that others had: notices of both must not have the same id."""
     take_in(host, archive)
@@ -769,6 +805,8 @@ SCHEMES = {
     "an index more": "CREATE INDEX evil ON services (health)",
     "no schema": "PRAGMA user_version=0",
     "a negative schema": "PRAGMA user_version=-1",
+    "a column more": "ALTER TABLE services ADD COLUMN evil TEXT",
+    "a column of another name": "ALTER TABLE outbox RENAME COLUMN notice TO evil",
     "an older schema": "PRAGMA user_version=1"}
 
 
@@ -789,13 +827,32 @@ def test_a_record_that_cannot_be_read_is_refused(tmp_path, column, host):
     with contextlib.closing(sqlite3.connect(origin.data / "state.db")) as db, db:
         db.execute(f"UPDATE deployments SET {column}='nonsense'")
     hookshot.main([*files_of(origin), "export", str(tmp_path / "a.tar.gz")])
-    assert "cannot be read" in refuse(host, (tmp_path / "a.tar.gz").read_bytes())
+    assert "its records cannot be read" in refuse(host, (tmp_path / "a.tar.gz").read_bytes())
 
 
 def test_a_database_that_is_none_is_refused(host, archive):
     database = members_of(archive)["state.db"]
     for content in (b"", b"SQLite format 3\0", database[:1000], database[:8192], database[:100] + bytes(len(database) - 100), random.Random(1).randbytes(20_000)):
         refuse(host, pack(*plain(members_of(archive) | {"state.db": content})))
+
+
+def test_a_database_with_damage_that_its_sum_covers_is_refused_or_is_none(tmp_path, host):
+    """Whoever makes up an archive has the right sums. Python says a UnicodeDecodeError where SQLite quotes a damaged schema."""
+    origin = fill(Host(tmp_path / "a", SERVICES), unfinished=True)
+    hookshot.main([*files_of(origin), "export", str(tmp_path / "a.tar.gz")])
+    members, before, chance, outcomes = members_of((tmp_path / "a.tar.gz").read_bytes()), state_of(host.folder), random.Random(5), set()
+    for _ in range(200):
+        damaged = bytearray(members["state.db"])
+        for _ in range(chance.choice((1, 2, 5, 50))):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        try:
+            take_in(host, pack(*plain(members | {"state.db": bytes(damaged)})), is_dry=True)
+            outcomes.add("taken")
+        except HookshotError as error:
+            outcomes.add(error.name)
+    assert outcomes == {"taken", "bad_archive"} and state_of(host.folder) == before
+    schema = members["state.db"].replace(b"CREATE TABLE services", b"CREATE T\xffBLE services")
+    assert "schema" in refuse(host, pack(*plain(members | {"state.db": schema})))
 
 
 def test_a_log_of_no_deployment_is_refused(host, archive):
@@ -976,18 +1033,20 @@ def trace(host: Host, injection: str, *command: str) -> int:
                           capture_output=True, timeout=2 * PATIENCE_S).returncode
 
 
-@pytest.mark.parametrize("call", ["rename", "fsync", "write", "openat"])
-def test_a_failure_of_the_disk_at_any_call_leaves_everything_as_it_was(tmp_path, archive, host, call):
-    """EIO is injected at one call after the other, until the import gets through."""
+@pytest.mark.parametrize(("call", "what"), [("rename", "error=ENOSPC"), ("rename", "signal=INT"), ("fsync", "error=ENOSPC"), ("write", "error=ENOSPC"),
+                                            ("openat", "error=ENOSPC")])
+def test_a_failure_of_the_disk_or_ctrl_c_at_any_call_leaves_everything_as_it_was(tmp_path, archive, host, call, what):
+    """It is injected at one call after the other, until the import gets through."""
     (tmp_path / "a.tar.gz").write_bytes(archive)
     before, failed = state_of(host.folder), 0
     # Opens and writes of Python itself come first: they are not ours to survive.
     numbers = range(1, 60) if call in ("rename", "fsync") else range(1, 2000, 97)
     for number in numbers:
-        status = trace(host, f"{call}:error=ENOSPC:when={number}", "import", str(tmp_path / "a.tar.gz"))
+        status = trace(host, f"{call}:{what}:when={number}", "import", str(tmp_path / "a.tar.gz"))
         if status == 0:
             break
         failed += 1
+        assert status in {"rename": (73, 130), "fsync": (73,)}.get(call, (status,))
         assert state_of(host.folder) == before, (call, number, status)
     assert failed >= {"rename": 10, "fsync": 3}.get(call, 0)
 
