@@ -188,6 +188,8 @@ EVENTS = {
     "command": (hookshot.CommandEnded(deployment(), result()), "debug"),
     "bad command": (hookshot.CommandEnded(deployment(), result(status="failed", exit_code=3)), "warning"),
     "refused": (hookshot.Refused("req-1", "192.0.2.7", "POST", "/deploy", "VALIDATION_ERROR", "no"), "warning"),
+    "controlled": (hookshot.Controlled(deployment().trigger, "lock", "web", None, "done", "web is locked by ann"), "info"),
+    "control refused": (hookshot.Controlled(deployment().trigger, "cancel", None, "d-1", "NOT_POSSIBLE", "it has ended"), "warning"),
     "broken": (hookshot.Broken("worker-1", ValueError("why")), "error"),
     "broken deployment": (hookshot.Broken("deployment", ValueError("why"), "req-1", "d-1"), "error"),
     "trouble": (hookshot.Trouble("queue_unreadable", "the disk is full"), "error"),
