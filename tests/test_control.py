@@ -902,8 +902,3 @@ def test_a_lock_has_its_words_in_every_format(kind):
     told = json.loads(hookshot._BUILDERS[kind](hookshot.notice_of_lock(lock, "app1"), channel, "msg_1", 1).body)
     text = json.dumps(told, ensure_ascii=False).replace("\u200b", "").replace("\\\\", "")
     assert all(word in text for word in ("web", "ann@desk", "stocktaking", "app1")) and "Deployment" not in text and "None" not in text
-
-
-def test_a_notice_of_an_older_outbox_is_still_read():
-    notice = hookshot.sample_notice()._replace(event="failed")
-    assert hookshot.parse_notice(json.dumps(notice[:12])) == notice
