@@ -6037,20 +6037,21 @@ class Notifier:
         is_in_trouble = False
         while True:
             try:
-                wait_s, is_in_trouble = self.turn(time.monotonic()), False
+                wait_s, pause_s, is_in_trouble = self.turn(time.monotonic()), _GATHER_S, False
             except HookshotError as error:
                 if not is_in_trouble:
                     self._publish(Trouble("notices_failed", f"notices wait until the outbox can be used: {error.sentence}"))
-                self._is_behind, is_in_trouble, wait_s = True, True, 1.0
+                self._is_behind, is_in_trouble, wait_s, pause_s = True, True, 1.0, 1.0
             except Exception as error:
                 if time.monotonic() >= self._stop_at:
                     return  # it was waiting for a receiver, and the database has been closed meanwhile
                 self._publish(Broken("notifier", error))
-                self._is_behind, wait_s = True, 5.0
+                self._is_behind, wait_s, pause_s = True, 5.0, 5.0
             if time.monotonic() >= self._stop_at or (self._is_stopping.is_set() and wait_s > 0):
                 return
             if self._is_behind:
-                self._is_stopping.wait(wait_s)
+                # Maybe since a moment ago, and then the turn has answered with how long it would wait for nothing.
+                self._is_stopping.wait(min(wait_s, pause_s))
             elif self._news.wait(wait_s):
                 self._news.clear()
 

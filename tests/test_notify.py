@@ -536,7 +536,7 @@ def test_a_command_gets_the_notice_on_its_input_and_in_its_environment(tmp_path,
     hostile = NOTICE._replace(error=HOSTILE + CONTROLS + HALF)
     assert send(exec_channel(f"cat > {tmp_path}/in; env -0 > {tmp_path}/env; pwd > {tmp_path}/cwd"), hostile) == hookshot.Attempt("delivered", "exit status 0")
     told = json.loads((tmp_path / "in").read_text())
-    assert told == {**hostile._asdict(), "error": hostile.error.replace("\ud800", "?")}
+    assert told == {**hookshot.told_of(hostile), "error": hostile.error.replace("\ud800", "?")}
     env = dict(entry.partition("=")[::2] for entry in (tmp_path / "env").read_text().split("\0") if entry)
     assert env["HOOKSHOT_EVENT"] == "failed" and env["HOOKSHOT_MESSAGE"] == "web: app:2 failed" and env["HOOKSHOT_DEPLOY_ID"] == "d-1"
     assert "HOOKSHOT_ERROR" not in env and "HOOKSHOT_CURRENT_IMAGE" not in env      # one has a NUL byte, the other is nothing
@@ -594,6 +594,32 @@ def test_a_channel_is_told_of_its_events_alone(store, events):
     told = told_events(store, table("webhook", url="URL", events=events), *(("web", state) for state in ENDS))
     every = [event for state in ENDS for event in ("started", hookshot.COUNT_OF_STATE[state])]
     assert [event for _, event in told] == [event for event in every if event in events]
+
+
+def test_what_moves_while_a_turn_ends_is_told_at_once(tmp_path):
+    """The turn has looked already, and has found that nothing is to be done for a minute."""
+    moved = []
+
+    class Late(Store):
+        def next_notices(self, channel, limit):
+            found = super().next_notices(channel, limit)
+            if not moved:
+                moved.append(deploy(self, "web", State.SUCCEEDED).deploy_id)
+                sender.notifier.wake()
+            return found
+
+    with Receiver() as receiver, contextlib.closing(Late(str(tmp_path))) as store:
+        sender = Sender.__new__(Sender)
+        sender.store, sender.told = store, []
+        sender.configure(enabled(table("webhook", url=receiver.url)))
+        sender.notifier = hookshot.Notifier(store, lambda: sender._read, sender.told.append, os.environ)
+        thread = threading.Thread(target=sender.notifier.run)
+        thread.start()
+        try:
+            assert events_in(receiver.wait_for(1)) == [("succeeded", *moved)]
+        finally:
+            sender.notifier.stop()
+            thread.join()
 
 
 def test_a_channel_is_told_of_every_end_unless_it_says_otherwise(store):
@@ -678,7 +704,8 @@ def test_what_is_switched_off_keeps_nothing_and_tells_no_history_when_it_is_swit
 
         def outbox() -> dict[str, str]:
             with contextlib.closing(sqlite3.connect(host.data / "state.db")) as db:
-                assert db.execute("SELECT count(*) FROM outbox").fetchone() == (0,)
+                # What is delivered is removed after the answer.
+                wait_until(lambda: db.execute("SELECT count(*) FROM outbox").fetchone() == (0,))
                 return dict(db.execute("SELECT name, value FROM marks"))
 
         with running(tmp_path, service(), text.replace("enabled = true", "enabled = false")) as host:
