@@ -2660,6 +2660,7 @@ METRICS: dict[str, Metric] = {
     "hookshot_workers_alive": Metric("gauge", (), "Workers that live."),
     "hookshot_workers_configured": Metric("gauge", (), "Workers that ought to live (server.worker_threads)."),
     "hookshot_database_size_bytes": Metric("gauge", (), "What the database takes on disk, its write-ahead log included."),
+    "hookshot_deployment_logs_bytes": Metric("gauge", (), "What the logs of deployments take on disk; looked at every five minutes."),
     "hookshot_disk_free_bytes": Metric("gauge", (), "What may still be written on the data directory's file system."),
     "hookshot_connections": Metric("gauge", (), "Connections of clients that are open."),
     "hookshot_event_streams": Metric("gauge", (), "Readers of GET /events."),
@@ -3795,6 +3796,11 @@ _MESSAGE_MAY_PASS_MS = 2 * 86_400_000
 _LOCKINGS_KEPT = 1000
 # A quarter of what makes SQLite itself checkpoint, in the commit that reaches it: 5 ms on top of 0.3 ms.
 _CHECKPOINT_BYTES = 1 << 20
+# What a long reading, such as a backup's, lets the write-ahead log grow to is cut to this at the next checkpoint.
+_WAL_KEPT_BYTES = 8 << 20
+# Pages of 4 KB that deletions have left free. A share of them stays for what comes next; the others are given back to the
+# file system, so few at a time that a commit beside it waits for half a millisecond.
+_SPARE_PAGES, _SPARE_SHARE, _SHRINK_PAGES = 256, 10, 64
 
 
 # A result and its number among the commands of its deployment.
@@ -3949,12 +3955,15 @@ class Store:
         ended_uncleanly = os.path.exists(self.path + "-wal")
         try:
             self._writer = self._connect("FULL")
+            # Before the first page is written: later it takes a VACUUM.
+            self._writer.execute("PRAGMA auto_vacuum=INCREMENTAL")
             self._writer.execute("PRAGMA journal_mode=WAL")
             self._migrate()
             # For what no caller was promised: its commits need no fsync of their own, the next durable one takes them along.
             self._relaxed_writer = self._connect("NORMAL")
             if ended_uncleanly and (problem := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise HookshotError("storage", f"{self.path} is damaged ({clip(problem, 100)}); restore a backup")
+            self._make_shrinkable()
         except sqlite3.Error as error:
             raise _storage_error(error) from error
         status = os.stat(self.path)
@@ -3964,8 +3973,16 @@ class Store:
     def _connect(self, synchronous: str) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         db.execute(f"PRAGMA synchronous={synchronous}")
+        db.execute(f"PRAGMA journal_size_limit={_WAL_KEPT_BYTES}")
         db.execute("PRAGMA foreign_keys=ON")
         return db
+
+    def _make_shrinkable(self) -> None:
+        """Write a database of an earlier version anew, once, so that it can give back what deletions leave free."""
+        if self._writer.execute("PRAGMA auto_vacuum").fetchone()[0] == 0:
+            # It takes as much room as the database does. Where there is none, the next start tries again.
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._writer.execute("VACUUM")
 
     def _migrate(self) -> None:
         version = self._writer.execute("PRAGMA user_version").fetchone()[0]
@@ -4562,6 +4579,21 @@ class Store:
             self._write(lambda db: db.executemany("DELETE FROM deployments WHERE seq=?", rows), durable=False)
         return len(rows)
 
+    def shrink(self) -> bool:
+        """Give some of the pages that are free back to the file system; return whether there are more."""
+        with self._reader() as db:
+            pages, free = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
+        surplus = free - max(_SPARE_PAGES, (pages - free) // _SPARE_SHARE)
+
+        def work(db: sqlite3.Connection) -> None:
+            for _ in range(min(surplus, _SHRINK_PAGES)):
+                # Python steps this statement once, whatever its number says: one page.
+                db.execute("PRAGMA incremental_vacuum(1)")
+
+        if surplus > 0:
+            self._write(work, durable=False)
+        return surplus > _SHRINK_PAGES
+
     def checkpoint(self) -> None:
         """Fold the write-ahead log into the database, before a commit that a deployment waits for has to do it."""
         with contextlib.suppress(FileNotFoundError):
@@ -4577,13 +4609,16 @@ class Store:
             (at_ms, at_ms + _MESSAGES_KEPT_MS - _MESSAGE_MAY_PASS_MS, keep - 1, batch)).rowcount, durable=False)
 
     def prune_logs(self, before_ms: int) -> int:
-        """Remove deployment logs last written before an instant; return how many."""
-        old = [entry.path for entry in os.scandir(self.logs) if entry.stat().st_mtime_ns // 1_000_000 < before_ms]
-        for path in old:
+        """Remove deployment logs last written before an instant; return how many bytes the others take."""
+        kept_bytes = 0
+        for entry in os.scandir(self.logs):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-        return len(old)
-
+                status = entry.stat()
+                if status.st_mtime_ns // 1_000_000 < before_ms:
+                    os.unlink(entry.path)
+                else:
+                    kept_bytes += status.st_blocks * 512
+        return kept_bytes
 
     # --- after a restore
 
@@ -6204,6 +6239,8 @@ _RETRY_STORAGE_S = 1.0
 _IDLE_TURN_S = 30.0
 # Batches of one turn of the housekeeper; what is left waits for the next, so that deployments come first.
 _PRUNE_BATCHES = 10
+_SHRINK_BATCHES = 10
+_LOGS_TURN_S = 300.0
 
 
 class Current(NamedTuple):
@@ -6672,7 +6709,9 @@ class Engine:
         self._jobs: dict[str, _Job] = {}
         self._wishes: dict[str, str] = {}
         self._untidy: set[str] = set()
-        self._logs_pruned = 0.0
+        self._logs_pruned_s: float | None = None
+        # What the logs of deployments take on disk, as last measured; None until then.
+        self.logs_bytes: int | None = None
 
     # --- what callers see
 
@@ -6883,10 +6922,13 @@ class Engine:
                     break
             else:
                 self._untidy.add(service)
+        for _ in range(_SHRINK_BATCHES):
+            if not self.store.shrink():
+                break
         self.store.checkpoint()
-        if time.monotonic() - self._logs_pruned > 3600 or not self._logs_pruned:
-            self._logs_pruned = time.monotonic()
-            self.store.prune_logs(now_ms() - config.storage.retention.log_days * 86_400_000)
+        if self._logs_pruned_s is None or time.monotonic() - self._logs_pruned_s > _LOGS_TURN_S:
+            self._logs_pruned_s = time.monotonic()
+            self.logs_bytes = self.store.prune_logs(now_ms() - config.storage.retention.log_days * 86_400_000)
             while self.store.prune_messages(now_ms()):
                 pass
 
@@ -8025,6 +8067,8 @@ def _measure(app: App) -> list[Sample]:
         channels = {channel.name: 0 for channel in channels_of(config.notifications, app.current().keyring.values)}
         samples += [("hookshot_notifications_pending", (name,), number) for name, number in {**channels, **pending}.items()]
         samples.append(("hookshot_database_size_bytes", (), app.store.size_bytes()))
+    if app.engine.logs_bytes is not None:
+        samples.append(("hookshot_deployment_logs_bytes", (), app.engine.logs_bytes))
     with contextlib.suppress(OSError):
         samples.append(("hookshot_disk_free_bytes", (), free_bytes(config.storage.data_dir)))
     if own := read_own_figures():
@@ -8081,7 +8125,7 @@ def _examine(app: App) -> dict[str, Any]:
         "uptime_seconds": 0,
         "deployment_queue": {"pending": sum(count["queued"] for count in counts.values()),
                              "active": sum(count["active"] for count in counts.values()), "workers": workers},
-        "database": {"connected": database == "ok", "size_bytes": size}, "checks": checks}
+        "database": {"connected": database == "ok", "size_bytes": size}, "logs": {"size_bytes": app.engine.logs_bytes}, "checks": checks}
 
 
 def handle_ready(app: App, request: Request) -> Response:

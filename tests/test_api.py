@@ -625,6 +625,7 @@ def test_health_tells_queue_database_disk_and_workers(host):
     assert report["status"] == "healthy" and report["version"] == hookshot.__version__ and report["uptime_seconds"] >= 0
     assert report["deployment_queue"]["workers"] == 8 and report["deployment_queue"]["pending"] == 0
     assert report["database"]["connected"] is True and report["database"]["size_bytes"] > 0
+    assert report["logs"]["size_bytes"] is None or report["logs"]["size_bytes"] >= 0
     assert report["checks"] == {"database": "ok", "disk_space": "ok", "worker_pool": "ok"}
     assert host.get("/ready").json == {"ready": True, "message": "ready"}
 

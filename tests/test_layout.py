@@ -296,7 +296,7 @@ def test_sql_is_written_in_store_alone():
 
 
 def test_nothing_from_outside_is_formatted_into_sql():
-    ours = {"_ACTIVE_SQL", "_COLUMNS", "_MOVE_COLUMNS", "_STATES_SQL", "_TERMINAL_SQL", "clause", "column", "number", "script", "synchronous"}
+    ours = {"_ACTIVE_SQL", "_COLUMNS", "_MOVE_COLUMNS", "_STATES_SQL", "_TERMINAL_SQL", "clause", "column", "name", "number", "script", "synchronous", "_WAL_KEPT_BYTES"}
     store = next(section.tree for section in SECTIONS if section.name == "STORE")
     inserted = {ast.unparse(value.value) for call in ast.walk(store) if isinstance(call, ast.Call)
                 and isinstance(call.func, ast.Attribute) and call.func.attr.startswith("execute")

@@ -592,6 +592,7 @@ def have_everything_happen(host: Host, url: str) -> None:
     assert host.get("/services").status == 429
     assert reload(host, EVENTFUL, config + "[nonsense]\n").value("hookshot_config_last_reload_successful") == 0
     assert reload(host, EVENTFUL, config).value("hookshot_config_last_reload_successful") == 1
+    wait_until(lambda: "hookshot_deployment_logs_bytes" in scrape(host).families())
     wait_until(lambda: (page := scrape(host)) and all(page.value("hookshot_notifications_total", channel=name, outcome=outcome)
                                                       for name, outcome in (("good", "delivered"), ("bad", "refused"), ("busy", "retried")))
                and not page.value("hookshot_notifications_pending", channel="good"))

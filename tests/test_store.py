@@ -782,8 +782,64 @@ def test_a_pruned_deployments_number_is_never_given_again(store, state):
 def test_old_logs_go_and_new_ones_stay(store):
     old, new = log_of(store, deploy(store)), log_of(store, deploy(store))
     os.utime(old, (1000, 1000))
-    assert store.prune_logs(2_000_000) == 1
+    new.write_bytes(b"x" * 10_000)
+    assert 10_000 <= store.prune_logs(2_000_000) <= 20_000
     assert (old.exists(), new.exists(), len(history(store))) == (False, True, 2)
+
+
+def figures(store) -> tuple[int, int, int]:
+    """Return pages, free pages, and whether they can be given back (2: in steps)."""
+    with contextlib.closing(sqlite3.connect(store.path)) as db:
+        return tuple(db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "auto_vacuum"))
+
+
+def fill_up(folder, number: int) -> None:
+    """Store this many ended deployments with 10 KB each, in one transaction."""
+    with contextlib.closing(sqlite3.connect(folder / "state.db")) as db:
+        db.executemany("INSERT INTO deployments (deploy_id, service, state, image, metadata, env, trigger, digest, queued_ms, completed_ms) "
+                       "VALUES (?, 'web', 'Succeeded', ?, '{}', '{}', ?, '', 0, 1)",
+                       [(f"old-{n}", "x" * 10_000, json.dumps(["127.0.0.1", "key", "", ""])) for n in range(number)])
+        db.commit()
+
+
+def test_pages_that_retention_has_freed_are_given_back_in_small_steps(tmp_path):
+    with opened(tmp_path) as store:
+        fill_up(tmp_path, 600)
+        while store.prune("web", hookshot.Retention(1, 1, 1)):
+            pass
+        pages, free, kind = figures(store)
+        assert kind == 2 and free > 1500
+        assert store.shrink()
+        assert figures(store)[0] == pages - 64
+        while store.shrink():
+            pass
+        assert figures(store)[1] == 256, "a share stays for what comes next"
+        assert not store.shrink() and figures(store)[1] == 256
+        store.close()
+        assert (tmp_path / "state.db").stat().st_size < 400 * 4096 and len(history(Store(str(tmp_path)))) == 1
+
+
+def test_a_database_of_an_earlier_version_learns_to_give_pages_back(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "state.db")) as db:
+        db.executescript(f"PRAGMA journal_mode=WAL; {hookshot.MIGRATIONS[0]} PRAGMA user_version=1;")
+    fill_up(tmp_path, 3)
+    with opened(tmp_path) as store:
+        assert figures(store)[2] == 2
+        assert [made.deploy_id for made in history(store)] == ["old-2", "old-1", "old-0"]
+
+
+def test_a_write_ahead_log_that_a_reader_has_let_grow_is_cut(tmp_path):
+    with opened(tmp_path) as store, contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as reader:
+        submit(store)
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM deployments").fetchone()
+        fill_up(tmp_path, 2000)
+        store.checkpoint()
+        assert os.stat(store.path + "-wal").st_size > 20_000_000
+        reader.execute("COMMIT")
+        store.checkpoint()
+        submit(store)
+        assert os.stat(store.path + "-wal").st_size <= 8 << 20
 
 
 # --- waiting too long
