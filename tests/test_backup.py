@@ -28,7 +28,7 @@ import pytest
 
 import hookshot
 from hookshot import HookshotError, Outcome, Store
-from support import KEY, PATIENCE_S, PROGRAM, Host, need, running, service, wait_until
+from support import KEY, PATIENCE_S, PROGRAM, Host, need, program, running, service, wait_until
 from test_cli import find_python
 from test_store import MANY, TRIGGER, request_of, small_disk
 
@@ -275,7 +275,7 @@ def test_a_backup_under_load_is_of_one_instant(tmp_path):
 
 
 def test_a_stream_is_the_same_archive_and_can_be_read_from_one(origin, host):
-    done = subprocess.run([sys.executable, PROGRAM, *files_of(origin), "export", "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE_S)
+    done = subprocess.run([*program(), *files_of(origin), "export", "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE_S)
     assert done.returncode == 0 and b"4 deployments and 4 logs" in done.stderr
     assert members_of(done.stdout).keys() == {"config.toml", "services.toml", "secrets", "state.db", "manifest.json", *(f"logs/{n}.log" for n in range(1, 5))}
     back = host.cli("import", "-", "--json", stdin=done.stdout)
@@ -285,7 +285,7 @@ def test_a_stream_is_the_same_archive_and_can_be_read_from_one(origin, host):
 
 
 def test_a_pipe_that_breaks_is_no_backup(origin):
-    process = subprocess.Popen([sys.executable, PROGRAM, *files_of(origin), "export", "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*program(), *files_of(origin), "export", "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert b"no backup" in process.stderr.read() and process.wait(PATIENCE_S) == 73
     process.stderr.close()
@@ -294,7 +294,7 @@ def test_a_pipe_that_breaks_is_no_backup(origin):
 def test_a_terminal_gets_no_archive(origin):
     outer, inner = pty.openpty()
     with contextlib.closing(os.fdopen(outer, "rb")):
-        done = subprocess.run([sys.executable, PROGRAM, *files_of(origin), "export", "-"], stdout=inner, stderr=subprocess.PIPE, timeout=PATIENCE_S)
+        done = subprocess.run([*program(), *files_of(origin), "export", "-"], stdout=inner, stderr=subprocess.PIPE, timeout=PATIENCE_S)
         os.close(inner)
     assert done.returncode == 2 and b"terminal" in done.stderr
 
@@ -1029,7 +1029,7 @@ def test_a_disk_that_fills_during_an_import_leaves_everything_as_it_was(tmp_path
 def trace(host: Host, injection: str, *command: str) -> int:
     """Run a command under strace with something injected; return its exit status, or minus the signal."""
     strace = need("strace")
-    return subprocess.run([strace, "-f", "-qq", "-o", os.devnull, "-e", f"inject={injection}", sys.executable, str(PROGRAM), *files_of(host), *command],
+    return subprocess.run([strace, "-f", "-qq", "-o", os.devnull, "-e", f"inject={injection}", *program(), *files_of(host), *command],
                           capture_output=True, timeout=2 * PATIENCE_S).returncode
 
 
@@ -1130,7 +1130,7 @@ def test_a_journal_of_another_is_not_followed(host, archive):
 def test_two_imports_at_once_are_one(tmp_path, archive, origin, host):
     (tmp_path / "a.tar.gz").write_bytes(archive)
     old = host.config.read_bytes()
-    flag = [sys.executable, str(PROGRAM), *files_of(host), "import", str(tmp_path / "a.tar.gz")]
+    flag = [*program(), *files_of(host), "import", str(tmp_path / "a.tar.gz")]
     both = [subprocess.Popen(flag, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     said = [process.communicate(timeout=PATIENCE_S)[1].decode() for process in both]
     codes = sorted(process.returncode for process in both)

@@ -23,7 +23,7 @@ import pytest
 
 import hookshot
 import support
-from support import KEY, PROGRAM, Host, running, service, wait_until
+from support import KEY, PROGRAM, Host, program, running, service, wait_until
 
 TOKEN = "t0k3n-of-a-reader-0123456789abcdefgh"
 HOLD = '["sh", "-c", "echo begin; until [ -e go ]; do kill -0 $PPID || exit; sleep 0.02; done; echo end"]'
@@ -36,7 +36,7 @@ def run(*args: str, env: dict[str, str] | None = None, stdin: bytes = b"", cwd: 
     **options) -> "subprocess.CompletedProcess[str]":
     """Run the program without any variables of this machine's own hookshot."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HOOKSHOT_")} | (env or {})
-    done = subprocess.run([sys.executable, str(PROGRAM), *map(str, args)], input=stdin, capture_output=True, env=environment,
+    done = subprocess.run([*program(), *map(str, args)], input=stdin, capture_output=True, env=environment,
         cwd=cwd,
                           timeout=support.PATIENCE_S * 2, **options)
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
@@ -135,7 +135,7 @@ def test_a_missing_configuration_is_told_with_78(args):
 def test_no_command_is_run(tmp_path):
     host = Host(tmp_path, service())
     with contextlib.closing(host):
-        host.start(program=("sh", "-c", 'exec "$0" "$1" "$2" "$3" "$4" "$5"', sys.executable, str(PROGRAM)))
+        host.start(argv=("sh", "-c", 'exec "$0" "$1" "$2" "$3" "$4" "$5"', sys.executable, str(PROGRAM)))
         assert host.get("/ready").status == 200
         assert "run" not in pathlib.Path(f"/proc/{host.process.pid}/cmdline").read_text().split("\0")
 
@@ -367,7 +367,7 @@ def test_a_reader_that_has_enough_is_no_failure(host):
     for _ in range(3):
         host.wait(host.deploy())
     environment = {**os.environ, "HOOKSHOT_URL": f"http://127.0.0.1:{host.port}"}
-    with subprocess.Popen([sys.executable, str(PROGRAM), "history"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    with subprocess.Popen([*program(), "history"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=environment) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(support.PATIENCE_S) == 0
@@ -377,7 +377,7 @@ def test_output_that_cannot_be_written_is_told_with_73():
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, str(PROGRAM), "keygen"], stdout=full, stderr=subprocess.PIPE,
+        done = subprocess.run([*program(), "keygen"], stdout=full, stderr=subprocess.PIPE,
             timeout=support.PATIENCE_S)
     assert done.returncode == 73 and is_one_sentence(done.stderr.decode())
 
@@ -387,7 +387,7 @@ def on_terminal(*args: str, env: dict[str, str]) -> tuple[int, str]:
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", **env}
     environment = {name: value for name, value in environment.items() if value}
-    process = subprocess.Popen([sys.executable, str(PROGRAM), *args], stdout=subprocess.DEVNULL, stderr=theirs, env=environment,
+    process = subprocess.Popen([*program(), *args], stdout=subprocess.DEVNULL, stderr=theirs, env=environment,
         start_new_session=True)
     os.close(theirs)
     got = b""
@@ -421,7 +421,7 @@ def test_a_terminal_gets_a_progress_line_that_is_gone_at_the_end(host):
 def test_an_interrupted_follower_leaves_the_deployment_running(tmp_path):
     with running(tmp_path, service(HOLD)) as host:
         environment = {**os.environ, "HOOKSHOT_URL": f"http://127.0.0.1:{host.port}"}
-        process = subprocess.Popen([sys.executable, str(PROGRAM), "deploy", "web", "app:1", "--id", "left", "-c", str(host.config)],
+        process = subprocess.Popen([*program(), "deploy", "web", "app:1", "--id", "left", "-c", str(host.config)],
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
         while b"begin" not in process.stdout.readline():
             pass
@@ -505,7 +505,7 @@ def test_a_deploy_that_was_accepted_never_ends_like_a_refusal(tmp_path):
     with running(tmp_path, service(HOLD), '[security]\nread_access = "token"\n', secrets=f"read_token={TOKEN}\n") as host:
         key = tmp_path / "key"
         key.write_text(KEY)
-        process = subprocess.Popen([sys.executable, str(PROGRAM), "deploy", "web", "app:1", "--id", "orphan", "--url", host.urls[0],
+        process = subprocess.Popen([*program(), "deploy", "web", "app:1", "--id", "orphan", "--url", host.urls[0],
                                     "--key-file", str(key)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    env={name: value for name, value in os.environ.items() if not name.startswith("HOOKSHOT_")})
         wait_until(lambda: "deploy_repeated" in host.output.read_text())  # it asks for the outcome, for want of the token

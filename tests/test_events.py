@@ -164,7 +164,7 @@ def tuned(folder, services: str, config: str = "", **constants):
     driver = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport hookshot\nvars(hookshot).update({constants!r})\nsys.exit(hookshot.main())\n"
     host = Host(folder, services, config)
     try:
-        yield host.start(program=(sys.executable, "-c", driver))
+        yield host.start(argv=(sys.executable, "-c", driver))
     finally:
         host.close()
 

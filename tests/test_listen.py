@@ -18,7 +18,7 @@ import pytest
 
 import hookshot
 import support
-from support import KEY, PATIENCE_S, PROGRAM, Host, free_port, need, running, service, wait_until
+from support import KEY, PATIENCE_S, Host, free_port, need, program, running, service, wait_until
 
 HOLD = '["sh", "-c", "until [ -e go ]; do kill -0 $PPID || exit; sleep 0.02; done"]'
 BODY = json.dumps({"service": "web", "image": "app:1"}).encode()
@@ -71,7 +71,7 @@ def listen(*addresses: str, rest: str = "") -> str:
 
 def start_and_fail(host: Host, *flags: str) -> str:
     """Start a server that cannot; return the one line that it says."""
-    done = subprocess.run([sys.executable, str(PROGRAM), "-c", str(host.config), "run", *flags], stdin=subprocess.DEVNULL,
+    done = subprocess.run([*program(), "-c", str(host.config), "run", *flags], stdin=subprocess.DEVNULL,
                           capture_output=True, timeout=PATIENCE_S)
     lines = done.stderr.decode().splitlines()
     assert done.returncode == 78 and len(lines) == 1 and lines[0].startswith("hookshot: cannot listen on "), (done.returncode, lines)
@@ -81,7 +81,7 @@ def start_and_fail(host: Host, *flags: str) -> str:
 def client(host: Host, *args: str, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     """Run a client command that finds the server by the host's configuration alone."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HOOKSHOT_")} | (env or {})
-    return subprocess.run([sys.executable, str(PROGRAM), "-c", str(host.config), *args], capture_output=True, text=True, env=environment,
+    return subprocess.run([*program(), "-c", str(host.config), *args], capture_output=True, text=True, env=environment,
                           timeout=PATIENCE_S)
 
 

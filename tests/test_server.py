@@ -1199,7 +1199,7 @@ def test_a_log_that_nobody_reads_keeps_no_request_waiting(tmp_path):
     read, write = os.pipe()
     os.set_blocking(read, False)
     fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 8192)
-    process = subprocess.Popen([sys.executable, str(support.PROGRAM), "-c", str(host.config), "run"], stdin=subprocess.DEVNULL, stderr=write)
+    process = subprocess.Popen([*support.program(), "-c", str(host.config), "run"], stdin=subprocess.DEVNULL, stderr=write)
     os.close(write)
     try:
         host.port = int(re.search(r":(\d+)", host.config.read_text())[1])

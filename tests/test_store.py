@@ -1074,7 +1074,7 @@ def test_what_a_server_writes_is_private_whatever_its_umask(tmp_path):
 def test_a_second_server_on_one_folder_is_refused_until_the_first_is_killed(tmp_path):
     with support.running(tmp_path, support.service()) as host:
         first = host.deploy()
-        second = subprocess.run([sys.executable, support.PROGRAM, "-c", host.config, "-s", host.services, "run"],
+        second = subprocess.run([*support.program(), "-c", host.config, "-s", host.services, "run"],
                                 capture_output=True, text=True, timeout=support.PATIENCE_S)
         assert second.returncode == 75 and f"pid {host.process.pid}" in second.stderr and "Traceback" not in second.stderr
         assert host.get("/ready").status == 200

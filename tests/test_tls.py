@@ -20,7 +20,7 @@ import time
 import pytest
 
 import hookshot
-from support import PATIENCE_S, PROGRAM, Host, make_certificates, need, running, service, wait_until
+from support import PATIENCE_S, Host, make_certificates, need, program, running, service, wait_until
 
 LIMIT = 1 << 20
 TALK = ("01234567890123456789012345678901234567890123456789\n", 60_000)
@@ -749,7 +749,7 @@ def test_a_bad_file_is_one_clear_line_and_exit_78(tmp_path, certificates, comman
     named = {"cert": "server", "key": "server_key", "client_ca": "ca"} | files
     cert, key, client_ca = (str(getattr(certificates, named[name], named[name])) for name in ("cert", "key", "client_ca"))
     host = Host(tmp_path, service(), tls_config(cert, key, client_ca))
-    done = subprocess.run([sys.executable, str(PROGRAM), "-c", str(host.config), command], stdin=subprocess.DEVNULL, capture_output=True,
+    done = subprocess.run([*program(), "-c", str(host.config), command], stdin=subprocess.DEVNULL, capture_output=True,
                           timeout=PATIENCE_S, start_new_session=True)
     heading, *lines = done.stderr.decode().splitlines()
     assert done.returncode == 78 and heading == f"{host.config}: 1 problem"
@@ -771,7 +771,7 @@ def odd_certificates(tmp_path_factory):
 
 
 def validate(host) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, str(PROGRAM), "-c", str(host.config), "validate"], capture_output=True, timeout=PATIENCE_S, text=True)
+    return subprocess.run([*program(), "-c", str(host.config), "validate"], capture_output=True, timeout=PATIENCE_S, text=True)
 
 
 @pytest.mark.parametrize("name, status, words", [
@@ -828,7 +828,7 @@ def test_key_updates_are_taken_in_stride(host, certificates):
 
 def test_good_files_validate(tmp_path, certificates):
     host = Host(tmp_path, service(), tls_config(certificates.server, certificates.server_key, certificates.ca))
-    done = subprocess.run([sys.executable, str(PROGRAM), "-c", str(host.config), "validate"], capture_output=True, timeout=PATIENCE_S)
+    done = subprocess.run([*program(), "-c", str(host.config), "validate"], capture_output=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (0, b"")
 
 

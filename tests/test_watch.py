@@ -20,7 +20,7 @@ import threading
 import pytest
 
 import hookshot
-from support import PATIENCE_S, PROGRAM, Host, free_port, running, service, wait_until
+from support import PATIENCE_S, PROGRAM, Host, free_port, program, running, service, wait_until
 
 TOKEN = "t0k3n-of-a-reader-0123456789abcdefgh"
 HOLD = '["sh", "-c", "until [ -e go ]; do kill -0 $PPID || exit; sleep 0.02; done"]'
@@ -55,7 +55,7 @@ class Watch:
     def __init__(self, host: Host, *flags: str, **env: str):
         self._files = host.folder / "watch.out", host.folder / "watch.err"
         with open(self._files[0], "wb") as out, open(self._files[1], "wb") as err:
-            self.process = subprocess.Popen([sys.executable, str(PROGRAM), "watch", *flags], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            self.process = subprocess.Popen([*program(), "watch", *flags], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                                             env=environment(url_of(host), **env))
 
     @property
@@ -148,7 +148,7 @@ class Terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
         self.before = termios.tcgetattr(theirs)
         self.screen, self.raw = Screen(width, height), ""
-        self.process = subprocess.Popen([sys.executable, str(PROGRAM), "watch", *flags], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL,
+        self.process = subprocess.Popen([*program(), "watch", *flags], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL,
                                         env=environment(url, **env), start_new_session=True)
         self._theirs = theirs
 
@@ -266,7 +266,7 @@ def test_a_server_that_is_not_there_is_told_with_69(tmp_path):
 def test_a_reader_that_has_enough_ends_it(tmp_path):
     """`hookshot watch | head -1`"""
     with running(tmp_path, service()) as host:
-        process = subprocess.Popen([sys.executable, str(PROGRAM), "watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(url_of(host)))
+        process = subprocess.Popen([*program(), "watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(url_of(host)))
         with process:
             wait_until(lambda: "hookshot_event_streams 1\n" in host.get("/metrics").body.decode())
             host.wait(host.deploy())

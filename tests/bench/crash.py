@@ -71,7 +71,7 @@ def fire(host: Host, round_number: int, acknowledged: set[str], stop: threading.
 
 def start(host: Host) -> None:
     """Start the copy that main() made: an edit of hookshot.py meanwhile must not be taken for a crash."""
-    host.start(program=(sys.executable, str(host.folder / "hookshot.py")))
+    host.start(argv=(sys.executable, str(host.folder / "hookshot.py")))
 
 
 def play(host: Host, chance: random.Random) -> set[str]:

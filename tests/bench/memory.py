@@ -17,7 +17,7 @@ def resident_mb(pid: int) -> float:
 
 def measure(*program: str) -> None:
     """Print the memory of one server over its deployments."""
-    host = make_host(service('["echo", "{{IMAGE}}"]')).start(program=(sys.executable, *program))
+    host = make_host(service('["echo", "{{IMAGE}}"]')).start(argv=(sys.executable, *program))
     try:
         time.sleep(3)
         found = [resident_mb(host.process.pid)]

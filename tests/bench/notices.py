@@ -83,7 +83,7 @@ def make_server(url: str | None) -> Host:
 
 
 def start(host: Host, *, wait: bool = True) -> None:
-    host.start(wait=wait, program=(sys.executable, str(host.folder / "hookshot.py")))
+    host.start(wait=wait, argv=(sys.executable, str(host.folder / "hookshot.py")))
 
 
 # --- what notices cost

@@ -59,7 +59,7 @@ def start(host: Host, level: str, port: int, program: tuple[str, ...]) -> None:
     """Start a server whose log may be silent: it is ready when it says so over HTTP."""
     host.write(service('["/bin/true"]'), f'[server]\nlisten = "127.0.0.1:{port}"\n[limits]\nmax_queue_per_service = 100\n'
                f'[storage.retention]\nsuccessful_deploys = 10000\n[logging]\nlevel = "{level}"\nformat = "json"\n')
-    host.start(wait=False, program=program)
+    host.start(wait=False, argv=program)
     host.port = port
 
     def is_ready() -> bool:
