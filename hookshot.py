@@ -4419,6 +4419,18 @@ class Store:
 
         return self._write(work, durable=True)
 
+    def withdraw(self, why: Callable[[Deployment], str | None], at_ms: int) -> tuple[Deployment, ...]:
+        """Cancel everything in the queue that `why` gives a reason for, durably and in one go; return it."""
+        queued = "WHERE completed_ms IS NULL AND state='Queued' ORDER BY seq"
+        if not any(map(why, self._select(queued, ()))):
+            return ()
+
+        def work(db: sqlite3.Connection) -> tuple[Deployment, ...]:
+            found = map(_deployment_of, db.execute(f"SELECT {_COLUMNS} FROM deployments {queued}").fetchall())
+            return tuple(self._move(db, each, Outcome.CANCELLED, reason, at_ms, error=reason) for each in found if (reason := why(each)))
+
+        return self._write(work, durable=True)
+
     # --- reading
 
     def unfinished(self) -> tuple[Deployment, ...]:
@@ -6252,6 +6264,22 @@ class Current(NamedTuple):
     tls: Any = None
 
 
+def may_deploy(current: Current, service: str | None, key_id: str) -> bool:
+    """Return whether a key may deploy a service: it signs for every service, or for this one."""
+    found = current.services.by_name.get(service or "")
+    return key_id in current.config.security.hmac_keys or bool(found and key_id in found.security.hmac_keys)
+
+
+def why_withdrawn(deployment: Deployment, current: Current) -> str | None:
+    """Return why a deployment that waits may not run any more, or None: what was allowed when it came may be so no longer."""
+    name, key_id = deployment.service, deployment.trigger.key_id
+    if name not in current.services.by_name:
+        return f"service {name} is not in services.toml any more"
+    if not current.services.by_name[name].enabled:
+        return f"service {name} is disabled in services.toml"
+    return None if may_deploy(current, name, key_id) else f"the key {key_id}, which asked for it, may not deploy service {name} any more"
+
+
 class Waiter:
     """One thread's wait for the end of one deployment."""
 
@@ -6380,11 +6408,12 @@ class _Job:
         with contextlib.suppress(HookshotError, CancelWanted):
             self._write_progress()
 
-    def _end_cancelled(self, reason: str) -> None:
-        """End as Cancelled: nothing more runs, no hook either, and nothing is rolled back."""
+    def _end_cancelled(self, reason: str, *, is_wish: bool = True) -> None:
+        """End as Cancelled: nothing more runs, no hook either, and nothing is rolled back. A wish stands in the row already."""
         self._log.note("engine", f"ending as {State.CANCELLED}: {reason}")
         self._log.close()
-        self._deployment = self._deployment._replace(cancel_reason=reason)
+        if is_wish:
+            self._deployment = self._deployment._replace(cancel_reason=reason)
         self._move(Outcome.CANCELLED, reason, claims_next=True, error=reason, failure_stage=None, verdict=None,
                    duration_ms=self._duration_ms(now_ms()))
 
@@ -6412,6 +6441,10 @@ class _Job:
     # --- the states, one method each
 
     def _validate(self) -> None:
+        # It came too late to be withdrawn from the queue with the others, or is being started over.
+        if withdrawn := why_withdrawn(self._deployment, self._current):
+            self._end_cancelled(withdrawn, is_wish=False)
+            return
         refusal = self._make_plan()
         if refusal:
             self._fail(refusal, may_roll_back=False)
@@ -6709,6 +6742,8 @@ class Engine:
         self._jobs: dict[str, _Job] = {}
         self._wishes: dict[str, str] = {}
         self._untidy: set[str] = set()
+        # What was in force when the queue was last looked through for what may not run any more.
+        self._queue_fits: Current | None = None
         self._logs_pruned_s: float | None = None
         # What the logs of deployments take on disk, as last measured; None until then.
         self.logs_bytes: int | None = None
@@ -6765,6 +6800,13 @@ class Engine:
             with self._jobs_lock:
                 self._wishes.pop(deployment.deploy_id, None)
         return deployment, False
+
+    def withdraw(self) -> None:
+        """Cancel what waits in the queue and may not run any more, as what is in force says."""
+        current = self.current()
+        for deployment in self.store.withdraw(lambda queued: why_withdrawn(queued, current), now_ms()):
+            self.publish(Moved(deployment, State.QUEUED, deployment.error or "withdrawn"))
+        self._queue_fits = current
 
     def may_claim_next(self) -> bool:
         """Return whether a worker may claim with its last move: not before those that were claimed or begun already."""
@@ -6910,8 +6952,10 @@ class Engine:
     # --- keeping house
 
     def keep_house(self) -> None:
-        """Expire what waited too long, remove what is beyond its retention, a batch at a time."""
+        """Cancel what may not run any more or waited too long, remove what is beyond its retention, a batch at a time."""
         config = self.current().config
+        if self._queue_fits is not self.current():
+            self.withdraw()
         for deployment in self.store.expire(now_ms(), lock_timeout_s=config.limits.lock_timeout):
             self.publish(Moved(deployment, State.QUEUED, deployment.error or "expired"))
         for lock in self.store.expire_locks(now_ms()):
@@ -7558,8 +7602,7 @@ def _service_for(current: Current, name: str, key_id: str) -> Service:
 
 def _check_key(current: Current, name: str | None, key_id: str) -> None:
     """Raise unless a key may deploy a service; a key of one service gets the same answer for what is not there."""
-    service = current.services.by_name.get(name or "")
-    if key_id not in current.config.security.hmac_keys and not (service and key_id in service.security.hmac_keys):
+    if not may_deploy(current, name, key_id):
         raise HookshotError("authentication", "the signature is missing or wrong", reason="other_service")
 
 
@@ -10388,6 +10431,8 @@ class Daemon:
         self._reader = self._begin("reader", self._server.serve)
         # What recovery ends is told, also where notifications are on for the first time.
         self.notifier.prepare()
+        with contextlib.suppress(HookshotError):  # else the housekeeper's first turn does it
+            self.engine.withdraw()
         self.engine.recover()
         self.engine.start()
         self._housekeeper = self._begin("housekeeper", self._keep_house)
@@ -10515,6 +10560,8 @@ class Daemon:
     def _take(self, loaded: Current) -> None:
         self._current = loaded
         self._set_up_watching()
+        with contextlib.suppress(HookshotError):  # else the housekeeper's next turn does it
+            self.engine.withdraw()
         self.engine.wake(everyone=True)
         self.notifier.wake()
 
