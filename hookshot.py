@@ -1488,6 +1488,82 @@ def _inherit(service: Service, defaults: Defaults, limits: Limits) -> Service:
         rollback=rollback._replace(timeout=rollback.timeout or command_timeout, enabled=enabled))
 
 
+# Begins what stands for a value that may hold a secret: a change of it is seen, the value is not.
+_HIDDEN = "sha256:"
+
+
+def flatten_settings(config: Config, services: Services) -> dict[str, str]:
+    """Return the text of every key of both files by its path, for comparing; what may hold a secret is a digest."""
+    flat = dict(_flatten(config, ""))
+    for service in services.by_name.values():
+        here = f'service "{service.name}"'
+        flat |= {here: "set"} | dict(_flatten(service, f"{here}."))
+    return flat
+
+
+def _flatten(table: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in type(table)._field_defaults.items():
+        value, path = getattr(table, name), prefix + name
+        if is_table(field):
+            yield from _flatten(value, f"{path}.")
+        elif isinstance(value, dict):
+            yield from ((f"{path}.{entry}", _hide(text)) for entry, text in value.items())
+        elif _is_row(value):
+            yield from _flatten_row(value, path)
+        elif isinstance(value, tuple) and value and all(map(_is_row, value)):
+            for index, row in enumerate(value):
+                yield from _flatten_row(row, f'{path} "{row.name}"' if isinstance(row, Channel) else f"{path}[{index}]")
+        else:
+            yield path, _render_setting(value, field.check)
+
+
+def _is_row(value: object) -> bool:
+    """Return whether a value is a table of keys itself, such as a command or a channel."""
+    return isinstance(value, tuple) and any(isinstance(default, Key) for default in getattr(value, "_field_defaults", {}).values())
+
+
+def _flatten_row(row: Any, path: str) -> Iterator[tuple[str, str]]:
+    yield path, "set"
+    yield from _flatten(row, f"{path}.")
+
+
+def _render_setting(value: Any, check: Check) -> str:
+    if value is None:
+        return "unset"
+    # Argument lists and texts with placeholders are the operator's own words: a password may be among them.
+    if check is _CONFIDENTIAL or check.kind == "list of text" or "placeholders" in check.kind or isinstance(value, Template):
+        return _hide(value)
+    if check.kind.startswith("size"):
+        return render_size(value).replace(" ", "")
+    if "octal" in check.kind:
+        return f'"0{value:o}"'
+    text = f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else json.dumps(getattr(value, "pattern", value), ensure_ascii=False)
+    return escape_controls(text)
+
+
+def _hide(value: object) -> str:
+    return _HIDDEN + hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Return a line for each change between two results of flatten_settings; what came or went as a whole has one."""
+    lines: list[str] = []
+    wholes: tuple[str, ...] = ()
+    for path in dict.fromkeys([*before, *after]):
+        old, new = before.get(path, "unset"), after.get(path, "unset")
+        if old != new and not path.startswith(wholes):
+            lines.append(f"{path}: {_describe_change(old, new)}")
+            wholes += (f"{path}.",) if "set" in (old, new) else ()
+    return lines
+
+
+def _describe_change(old: str, new: str) -> str:
+    shown = clip(old, 80), clip(new, 80)
+    if shown[0] != shown[1] and not any(text == "set" or text.startswith(_HIDDEN) for text in shown):
+        return " -> ".join(shown)
+    return "added" if old == "unset" else "removed" if new == "unset" else "changed"
+
+
 def render_sample(table: type, heading: str, values: Mapping[str, Any], prefix: str = "") -> str:
     """Return a commented file of every key: those in `values` ("server.listen": ...) set, the others at their default."""
     keys = {name: field for name, field in table._field_defaults.items() if not is_table(field)}
@@ -2670,6 +2746,7 @@ METRICS: dict[str, Metric] = {
     "hookshot_reloads_total": Metric("counter", ("outcome",), "Reloads of the configuration: succeeded, failed."),
     "hookshot_config_last_reload_successful": Metric("gauge", (), "1 if the configuration in force is the one in the files, as far as the last reload says."),
     "hookshot_config_last_reload_success_timestamp_seconds": Metric("gauge", (), "When the configuration in force was read, unix time."),
+    "hookshot_secrets_last_reload_successful": Metric("gauge", (), "0 while secrets could not be read again by secrets.reload_interval; the old ones are in force."),
     "hookshot_notifications_total": Metric("counter", ("channel", "outcome"), "Attempts to send a notice: delivered, retried, refused, expired."),
     "hookshot_notifications_pending": Metric("gauge", ("channel",), "Notices in the outbox."),
     "hookshot_log_lines_lost_total": Metric("counter", (), "Lines of the log that could not be written."),
@@ -3032,6 +3109,39 @@ def read_text(path: str, limit_bytes: int = 4 << 20) -> str:
     return content.decode("utf-8-sig")
 
 
+def replace_private_file(path: str, text: str) -> None:
+    """Put a file in place of what is there: a reader finds all of one or of the other. A power cut may undo it; OSError says why not."""
+    beside = f"{path}.new"
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(beside, path)
+
+
+class FileMark(NamedTuple):
+    """What tells one content of a file from another: which file it is, its size, and when it was last changed (unix ns)."""
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+
+
+def read_mark(path: str) -> FileMark | None:
+    """Return the mark of a file, None if there is none to be seen. Not of its mtime, which `cp -p` sets to what it was elsewhere."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return FileMark(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
+
+
+def await_change(path: str, mark: FileMark | None, deadline_s: float) -> None:
+    """Wait until a file has another mark, at most until `deadline_s` (monotonic)."""
+    while read_mark(path) == mark and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+
+
 class FolderLock:
     """The kernel's lock on a data directory: held while this process lives, gone with it, however it ends."""
 
@@ -3211,6 +3321,11 @@ def read_environment(pid: int) -> dict[bytes, bytes]:
         return {}
 
 
+def signal_process(pid: int, number: int) -> None:
+    """Send a signal to one process; OSError says why it cannot be. The caller knows that the pid is not another's by now."""
+    os.kill(pid, number)
+
+
 def is_group_alive(pgid: int) -> bool:
     """Return whether any process of a group still runs; zombies do not count."""
     if not os.path.isdir("/proc/self"):
@@ -3271,6 +3386,7 @@ LOG_EVENTS: dict[str, str] = {
     "stopped": "it has ended",
     "recovery": "deployments were interrupted and will be recovered",
     "reloaded": "configuration, secrets and certificates were read again",
+    "config_changed": "what a reload has changed, a line for each change",
     "reload_problem": "what is wrong with what was read again",
     "reload_failed": "what was read again is not taken; the old configuration stays",
     "restart_needed": "a change needs a restart to be in force",
@@ -4421,12 +4537,12 @@ class Store:
 
     def withdraw(self, why: Callable[[Deployment], str | None], at_ms: int) -> tuple[Deployment, ...]:
         """Cancel everything in the queue that `why` gives a reason for, durably and in one go; return it."""
-        queued = "WHERE completed_ms IS NULL AND state='Queued' ORDER BY seq"
-        if not any(map(why, self._select(queued, ()))):
+        clause = "WHERE completed_ms IS NULL AND state='Queued' ORDER BY seq"
+        if not any(map(why, self._select(clause, ()))):
             return ()
 
         def work(db: sqlite3.Connection) -> tuple[Deployment, ...]:
-            found = map(_deployment_of, db.execute(f"SELECT {_COLUMNS} FROM deployments {queued}").fetchall())
+            found = map(_deployment_of, db.execute(f"SELECT {_COLUMNS} FROM deployments {clause}").fetchall())
             return tuple(self._move(db, each, Outcome.CANCELLED, reason, at_ms, error=reason) for each in found if (reason := why(each)))
 
         return self._write(work, durable=True)
@@ -4891,6 +5007,12 @@ def load_keyring(config: Config, services: Services, surroundings: SecretSurroun
             values.setdefault(secret, value)
     _check_secrets(values, config, services, place)
     return Keyring(values, Masker([*values.values(), *_confidential_texts(config.notifications)]))
+
+
+def describe_secrets(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> list[str]:
+    """Return a line for each secret that was added, removed or changed, by its name alone."""
+    return [f"secret {name}: {'added' if name not in before else 'removed' if name not in after else 'new value'}"
+            for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
 
 
 def _confidential_texts(notifications: Notifications) -> Iterator[bytes]:
@@ -7241,6 +7363,8 @@ class App:
         # How many connections are open: the server says it.
         self.connections: Callable[[], int] = lambda: 0
         self.is_ready = False
+        # What in force is older than its files, because they could not be read again ("configuration", "secrets"), and since when.
+        self.stale: Mapping[str, int] = {}
         self.is_closing = False
         self.has_hinted = False
         self.started = time.monotonic()
@@ -8096,6 +8220,7 @@ def _measure(app: App) -> list[Sample]:
         ("hookshot_build_info", (__version__, python, sqlite3.sqlite_version), 1),
         ("hookshot_start_time_seconds", (), app.started_ms / 1000),
         ("hookshot_ready", (), int(app.is_ready)),
+        ("hookshot_secrets_last_reload_successful", (), int("secrets" not in app.stale)),
         ("hookshot_workers_alive", (), app.engine.alive_workers()),
         ("hookshot_workers_configured", (), config.server.worker_threads),
         ("hookshot_connections", (), app.connections()),
@@ -8174,7 +8299,10 @@ def _examine(app: App) -> dict[str, Any]:
 def handle_ready(app: App, request: Request) -> Response:
     """GET /ready"""
     message = "ready" if app.is_ready else "draining" if app.engine.is_draining else "starting"
-    return answer(200 if app.is_ready else 503, {"ready": app.is_ready, "message": message},
+    # Since when, and no more: strangers ask too.
+    stale = {part: render_time(since_ms) for part, since_ms in app.stale.items()}
+    document = {"ready": app.is_ready, "message": message} | ({"stale": stale} if stale else {})
+    return answer(200 if app.is_ready else 503, document,
                   *(() if app.is_ready else (("Retry-After", "5"),)))
 
 
@@ -10339,6 +10467,85 @@ class Signals:
         return os.read(self._read, 1)[0] if poll.poll(None if timeout_s is None else timeout_s * 1000) else None
 
 
+# What was written to less than this ago may be half-written; how long to wait for a file that goes on being written to.
+_QUIET_S, _QUIET_PATIENCE_S = 0.1, 3.0
+# Lines of one reload's changes in the log.
+_MAX_CHANGES_TOLD = 50
+
+
+class ReloadRecord(NamedTuple):
+    """How a server last read its files, in reload.json beside its database: `hookshot reload` finds the server and the outcome by it.
+
+    `outcome` is "reading", "taken" or "refused" of the reading with this number; 0 is the one at start.
+    """
+
+    pid: int
+    # Clock ticks since boot: the pid may be another process's by now, or of another namespace.
+    started_ticks: int | None
+    config: str
+    services: str
+    number: int = 0
+    outcome: str = "taken"
+    at: str | None = None
+    changes: Sequence[str] = ()
+    pending: Sequence[str] = ()
+    problems: Sequence[Problem] = ()
+
+    def write(self, folder: str) -> None:
+        """Put it into a data directory; a disk that is full leaves an older one there."""
+        with contextlib.suppress(OSError):
+            replace_private_file(_record_path(folder), render_json(self._asdict()).decode())
+
+    @classmethod
+    def read(cls, folder: str) -> "ReloadRecord | None":
+        """Return the record in a data directory, None without one that can be read."""
+        try:
+            record = cls(**json.loads(read_text(_record_path(folder))))
+            return record._replace(problems=[Problem(*problem) for problem in record.problems])
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def _record_path(folder: str) -> str:
+    return os.path.join(folder, "reload.json")
+
+
+def _own_ticks(pid: int) -> int | None:
+    process = read_process(pid)
+    return process and process.started_ticks
+
+
+def ask_for_reload(data_dir: str, deadline_s: float) -> ReloadRecord:
+    """Have the server that uses a data directory read its files again; return its record of that. HookshotError says why not."""
+    before = _find_server(data_dir)
+    try:
+        signal_process(before.pid, signal.SIGHUP)
+    except OSError as error:
+        raise HookshotError("access_denied", f"pid {before.pid} cannot be asked: {error.strerror}; run this as root or as the server's user") from None
+    # A reading that begins after this look at the record finds the files as they are now; one that goes on may not.
+    while (latest := ReloadRecord.read(data_dir) or before).number <= before.number or latest.outcome == "reading":
+        if FolderLock.holder(data_dir) != str(before.pid):
+            raise HookshotError("unreachable", f"the server (pid {before.pid}) has ended and did not read its files again")
+        if time.monotonic() > deadline_s:
+            raise HookshotError("in_use", f"the server (pid {before.pid}) has not read its files yet; its log will say what comes of it")
+        await_change(_record_path(data_dir), read_mark(_record_path(data_dir)), min(deadline_s, time.monotonic() + 1.0))
+    return latest
+
+
+def _find_server(data_dir: str) -> ReloadRecord:
+    try:
+        holder = FolderLock.holder(data_dir)
+    except OSError as error:
+        raise HookshotError("access_denied", f"{data_dir} cannot be looked into: {error.strerror}; run this as root or as the server's user") from None
+    if holder is None:
+        raise HookshotError("unreachable", f"no server uses {data_dir}; if one runs with another storage.data_dir, name that with --data-dir")
+    record = ReloadRecord.read(data_dir)
+    if not record or str(record.pid) != holder or record.started_ticks != _own_ticks(record.pid):
+        raise HookshotError("in_use", f"pid {holder} uses {data_dir} and takes no reload now: it is a server that starts, an import, or in another "
+                                      "container; try again, or there")
+    return record
+
+
 _LISTEN_ADVICE = {
     errno.EADDRINUSE: "end the program that uses it, or choose another with --port or server.listen",
     errno.EADDRNOTAVAIL: "it is no address of this host; choose one with --bind or server.listen",
@@ -10349,7 +10556,8 @@ _LISTEN_ADVICE = {
 class Daemon:
     """One server: its parts, built together. start(), then stop(); run() does both around the signals."""
 
-    def __init__(self, config_path: str, services_path: str, *, environ: Any, override: Callable[[Config], Config] = lambda config: config):
+    def __init__(self, config_path: str, services_path: str, *, environ: Any, override: Callable[[Config], Config] = lambda config: config,
+                 signals: Signals | None = None):
         """Read everything; raise ConfigError with every problem. Nothing is created yet."""
         self._paths, self._override = (config_path, services_path), override
         self._surroundings: SecretSurroundings | None = None
@@ -10358,12 +10566,17 @@ class Daemon:
         self._current = self._load()
         self.log = Log()
         self._throttle = RefusalThrottle()
-        self.signals = Signals()
+        self.signals = signals or Signals()
         self.waiters, self.metrics = Waiters(), Metrics()
         self._parts = contextlib.ExitStack()
         self._house_stop = threading.Event()
         # Held while files and secrets are read: a slow reading must not put back what a later one has replaced.
         self._reload_lock = threading.Lock()
+        self._record = ReloadRecord(os.getpid(), _own_ticks(os.getpid()), config_path, services_path)
+        # What was last wrong with the secrets when they were read again.
+        self._secrets_problems: tuple[Problem, ...] = ()
+        # How the files of [server.tls] were when they were read.
+        self._tls_marks = self._mark_tls(self._current.config.server.tls)
         self._is_stopping_now = False
         self.urls: list[str] = []
 
@@ -10442,6 +10655,8 @@ class Daemon:
         gc.freeze()
         self.app.is_ready = True
         self._tell_warnings()
+        self._write_record(at=render_time(now_ms()))
+        self._parts.callback(self._remove_record)
         self.publish(Noted("started", f"hookshot {__version__} listens on {' and '.join(shown)}, {self._count_services()}"))
 
     def _restore_metrics(self, store: Store) -> None:
@@ -10530,32 +10745,116 @@ class Daemon:
                 return self._reload()
             except Exception as error:
                 self.publish(Broken("reload", error))
+                self._mark_stale("configuration")
+                self._write_record(outcome="refused", problems=(Problem(self._paths[0], "", "the server made a mistake; its log has more"),))
                 return False
 
     def _reload(self) -> bool:
+        self._write_record(number=self._record.number + 1, outcome="reading", at=render_time(now_ms()), changes=(), pending=(), problems=())
         try:
-            loaded = self._load()
+            loaded = self._read_in_peace([*self._paths, self._current.config.secrets.secrets_file, *filter(None, self._current.config.server.tls)], self._load)
+            self._refuse_emptied(loaded)
         except ConfigError as error:
             for problem in error.problems:
                 self.log.write("error", "reload_problem", str(problem))
+            self._mark_stale("configuration")
+            self._write_record(outcome="refused", problems=error.problems)
             self.publish(Reloaded(False, "the new configuration is not taken; the old one stays in force", now_ms()))
             return False
-        before = self._current.config
-        # New certificates are taken at once. Whether there is TLS at all is not: an address must not turn plain unnoticed.
-        has_tls = loaded.tls is not None
-        server = before.server._replace(tls=loaded.config.server.tls) if has_tls == (self._current.tls is not None) else before.server
-        if (server, before.storage.data_dir) != (loaded.config.server, loaded.config.storage.data_dir):
-            self.publish(Trouble("restart_needed", "changes of [server] and storage.data_dir need a restart; they are not in force yet"))
-            loaded = loaded._replace(tls=loaded.tls if server is not before.server else self._current.tls, config=loaded.config._replace(
-                server=server, storage=loaded.config.storage._replace(data_dir=before.storage.data_dir)))
-        if loaded.config.logging.directory:
+        in_force = self._keep_what_needs_a_restart(loaded)
+        pending = describe_changes(*(flatten_settings(each.config, each.services) for each in (in_force, loaded)))
+        if pending:
+            self.publish(Trouble("restart_needed", f"needs a restart, and is not in force yet: {'; '.join(pending)}"))
+        if in_force.config.logging.directory:
             # What cannot be made is told by the log, which goes on without the file.
             with contextlib.suppress(OSError):
-                make_log_folder(loaded.config.logging.directory)
-        self._take(loaded)
+                make_log_folder(in_force.config.logging.directory)
+        changes = self._describe(self._current, in_force)
+        self._take(in_force)
+        self._mark_fresh("configuration", "secrets")
         self._tell_warnings()
-        self.publish(Reloaded(True, f"configuration, secrets and certificates are read again, {self._count_services()}", now_ms()))
+        for line in changes:
+            self.publish(Noted("config_changed", line))
+        self._write_record(outcome="taken", changes=changes, pending=pending, problems=self.warnings)
+        self.publish(Reloaded(True, f"configuration, secrets and certificates are read again, {self._count_services()}; "
+                                    f"{'what has changed is in force' if changes else 'nothing has changed'}", now_ms()))
         return True
+
+    def _keep_what_needs_a_restart(self, loaded: Current) -> Current:
+        """Return what was loaded, with what only a start can change as it is."""
+        before, after = self._current.config, loaded.config
+        # New certificates are taken at once. Whether there is TLS at all is not: an address must not turn plain unnoticed.
+        has_same_kind = (loaded.tls is not None) == (self._current.tls is not None)
+        return loaded._replace(tls=loaded.tls if has_same_kind else self._current.tls, config=after._replace(
+            server=before.server._replace(tls=after.server.tls) if has_same_kind else before.server,
+            storage=after.storage._replace(data_dir=before.storage.data_dir),
+            secrets=after.secrets._replace(secret_prefix=before.secrets.secret_prefix)))
+
+    def _refuse_emptied(self, loaded: Current) -> None:
+        """Raise ConfigError for a file with nothing in it: an editor or a full disk has cut it off, more likely than anybody meant that."""
+        config_path, services_path = self._paths
+        if loaded.config != self._current.config and (mark := read_mark(config_path)) and not mark.size:
+            raise ConfigError([Problem(config_path, "", "is empty; if the defaults alone are meant, restart the server")])
+        if self._current.services.by_name and not loaded.services.by_name:
+            raise ConfigError([Problem(services_path, "service", "there is no service any more; if the last one is meant to go, restart the server")])
+
+    def _read_in_peace(self, paths: Sequence[str], read: Callable[[], Any]) -> Any:
+        """Return what `read` returns or raises, once nobody writes to the files meanwhile; ConfigError if somebody goes on doing so."""
+        deadline = time.monotonic() + _QUIET_PATIENCE_S
+        # Opening a pipe would wait for somebody to write.
+        if odd := [Problem(path, "", "is not a regular file") for path in paths if os.path.exists(path) and not os.path.isfile(path)]:
+            raise ConfigError(odd)
+        while True:
+            marks = self._await_quiet(paths, deadline)
+            try:
+                found, error = read(), None
+            except ConfigError as failed:
+                found, error = None, failed
+            if [*map(read_mark, paths)] == marks or time.monotonic() > deadline:
+                break
+        if error:
+            raise error
+        return found
+
+    def _await_quiet(self, paths: Sequence[str], deadline: float) -> list[FileMark | None]:
+        while True:
+            marks = [*map(read_mark, paths)]
+            age_s, path = min(((now_ms() - mark.changed_ns / 1e6) / 1000, path) for path, mark in zip(paths, marks) if mark) if any(marks) else (_QUIET_S, "")
+            # A time to come is of a clock that was put back.
+            if not 0 <= age_s < _QUIET_S:
+                return marks
+            if time.monotonic() > deadline:
+                raise ConfigError([Problem(path, "", "is being written to all the time; reload again when it is complete")])
+            self._house_stop.wait(_QUIET_S - age_s)
+
+    def _describe(self, before: Current, after: Current) -> list[str]:
+        """Return a line for each change, but for the last of very many."""
+        marks = self._mark_tls(after.config.server.tls)
+        lines = [*describe_changes(*(flatten_settings(each.config, each.services) for each in (before, after))),
+                 *describe_secrets(before.keyring.values, after.keyring.values),
+                 *(f"server.tls.{name}: another file" for name in marks if marks[name] != self._tls_marks[name])]
+        self._tls_marks = marks
+        more = len(lines) - _MAX_CHANGES_TOLD
+        return lines if more <= 0 else [*lines[:_MAX_CHANGES_TOLD], f"and {more} changes more"]
+
+    @staticmethod
+    def _mark_tls(files: Tls) -> dict[str, FileMark | None]:
+        return {name: read_mark(path) if path else None for name, path in files._asdict().items()}
+
+    def _mark_stale(self, part: str) -> None:
+        """Have everybody know that what is in force is older than its files."""
+        self.app.stale = {part: now_ms()} | self.app.stale
+
+    def _mark_fresh(self, *parts: str) -> None:
+        self.app.stale = {part: since_ms for part, since_ms in self.app.stale.items() if part not in parts}
+
+    def _write_record(self, **changes: Any) -> None:
+        self._record = self._record._replace(**changes)
+        self._record.write(self._current.config.storage.data_dir)
+
+    def _remove_record(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(_record_path(self._current.config.storage.data_dir))
 
     def _take(self, loaded: Current) -> None:
         self._current = loaded
@@ -10575,17 +10874,33 @@ class Daemon:
         self.metrics.expect(services, [channel.name for channel in channels])
 
     def _reload_secrets(self) -> None:
-        problems: list[Problem] = []
         current = self._current
-        assert self._surroundings
-        keyring = load_keyring(current.config, current.services, self._surroundings, self._paths[0], problems)
-        check_channels(current.config.notifications, keyring.values, Place(self._paths[0], "notifications", problems))
-        if has_errors(problems):
-            for problem in problems:
+        try:
+            keyring = self._read_in_peace([current.config.secrets.secrets_file], self._load_secrets)
+        except ConfigError as error:
+            # Once, not at every interval.
+            for problem in error.problems if error.problems != self._secrets_problems else ():
                 self.log.write("error", "secrets_failed", f"{problem}; the old secrets stay in force")
-        elif keyring.values != current.keyring.values:
+            self._secrets_problems = error.problems
+            self._mark_stale("secrets")
+            return
+        changes = describe_secrets(current.keyring.values, keyring.values)
+        if changes:
             self._take(current._replace(keyring=keyring))
-            self.publish(Noted("secrets_reloaded", "secrets have changed and are in force"))
+            self.publish(Noted("secrets_reloaded", f"secrets have changed and are in force: {', '.join(changes)}"))
+        elif "secrets" in self.app.stale:
+            self.publish(Noted("secrets_reloaded", "secrets can be read again, and have not changed"))
+        self._mark_fresh("secrets")
+        self._secrets_problems = ()
+
+    def _load_secrets(self) -> Keyring:
+        problems: list[Problem] = []
+        assert self._surroundings
+        keyring = load_keyring(self._current.config, self._current.services, self._surroundings, self._paths[0], problems)
+        check_channels(self._current.config.notifications, keyring.values, Place(self._paths[0], "notifications", problems))
+        if has_errors(problems):
+            raise ConfigError([problem for problem in problems if not problem.is_warning])
+        return keyring
 
     def _keep_house(self) -> None:
         secrets_at = time.monotonic()
@@ -10807,7 +11122,7 @@ class Client:
             advice = "a proxy answers, and the server behind it does not" if response.status in (502, 503, 504) else "is this a Hookshot server?"
             raise HookshotError("unreachable", f"{self.url} answered {response.status} without JSON; {advice}") from None
         # The ending of a deployment may be a 500 too.
-        if not isinstance(document, dict) or (response.status >= 400 and not {"code", "deploy_id"} & document.keys()):
+        if not isinstance(document, dict) or (response.status >= 400 and not {"code", "deploy_id", "ready"} & document.keys()):
             what = "without JSON" if document is None else "with JSON of its own"
             raise HookshotError("unreachable", f"{self.url} answered {response.status} {what}; is this a Hookshot server?")
         if "code" in document and "error" in document and response.status >= 400:
@@ -11055,7 +11370,10 @@ def _overrides(args: argparse.Namespace) -> Callable[[Config], Config]:
 
 def run_server(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
-    daemon = Daemon(*_paths(args), environ=os.environ, override=_overrides(args))
+    signals = Signals()
+    # From here on: while the files are read it would end the server.
+    signals.catch(signal.SIGHUP)
+    daemon = Daemon(*_paths(args), environ=os.environ, override=_overrides(args), signals=signals)
     daemon.run()
     return EXIT_OK
 
@@ -11080,6 +11398,34 @@ def validate(args: argparse.Namespace) -> int:
             names = ", ".join(settings.services.by_name) or "none"
             print(f"{config_path} and {services_path} are valid; services: {names}")
     return EXIT_CONFIG if has_errors(problems) else EXIT_OK
+
+
+def reload_server(args: argparse.Namespace) -> int:
+    """Have the running server read its files again, and say what came of it."""
+    record = ask_for_reload(os.path.abspath(args.data_dir) if args.data_dir else _find_data_dir(args), time.monotonic() + args.timeout)
+    is_taken = record.outcome == "taken"
+    if args.json:
+        _print_json({"reloaded": is_taken, "config": record.config, "services": record.services, "changes": record.changes, "pending": record.pending,
+                     "problems": [problem._asdict() for problem in record.problems]})
+    else:
+        _print_problems(record.problems)
+        print("\n".join(map(escape_controls, [*record.changes, *(f"{line} (needs a restart)" for line in record.pending)]))
+              or "nothing has changed" if is_taken else "nothing is reloaded: the old configuration stays in force")
+    if not {record.config, record.services} <= set(_paths(args)) and not args.data_dir:
+        _say(f"the server reads {record.config} and {record.services}")
+    return EXIT_OK if is_taken else EXIT_CONFIG
+
+
+def _find_data_dir(args: argparse.Namespace) -> str:
+    """Return storage.data_dir of config.toml, as long as the file can be read that far."""
+    config_path, services_path = _paths(args)
+    problems: list[Problem] = []
+    config = read_settings(config_path, services_path, problems).config
+    found = [problem for problem in problems if problem.file == config_path and not problem.is_warning and problem.path in ("", "storage", "storage.data_dir")]
+    if found:
+        _say("the server was not asked, because its data directory is not known; name it with --data-dir")
+        raise ConfigError(found)
+    return config.storage.data_dir
 
 
 def source_digest() -> str:
@@ -11298,7 +11644,9 @@ def _print_plan(plan: Mapping[str, Any]) -> None:
 
 
 def status(args: argparse.Namespace) -> int:
-    """Show one deployment."""
+    """Show one deployment, or how the server is."""
+    if args.id is None:
+        return _show_server(args)
     record = _client(args).get(f"/status/{urllib.parse.quote(args.id, safe='')}")
     if args.json:
         _print_json(record)
@@ -11319,6 +11667,20 @@ def status(args: argparse.Namespace) -> int:
             (command["phase"], command["step"], command["attempt"], command["name"], command["status"],
              command["exit_code"] if command["signal"] is None else f"signal {command['signal']}", render_duration(command["duration_ms"]))
             for command in record["commands"]])
+    return EXIT_OK
+
+
+def _show_server(args: argparse.Namespace) -> int:
+    client = _client(args)
+    found = client.get("/ready")
+    if args.json:
+        _print_json(found)
+        return EXIT_OK
+    rows = [("server", client.url), ("state", found["message"])]
+    rows += [(part, f"older than its files since {since}, which could not be read; run `hookshot validate` on the host, then `hookshot reload`")
+             for part, since in found.get("stale", {}).items()]
+    for name, value in rows:
+        print(f"{name + ':':16}{escape_controls(str(value))}")
     return EXIT_OK
 
 
@@ -11744,6 +12106,9 @@ COMMANDS: dict[str, CliCommand] = {
         _argument("--port", type=_number(0, 65535), help="listen on this port alone, instead of the file's"),
         _argument("--log-format", choices=("json", "pretty"), help="instead of the file's"))),
     "validate": CliCommand(validate, "check both files, secrets, directories and programs; print every problem", (_JSON,)),
+    "reload": CliCommand(reload_server, "have the server on this host read both files, secrets and certificates again; say what changed or what is wrong", (
+        _argument("--data-dir", metavar="DIR", help="of the server; else storage.data_dir of config.toml"),
+        _argument("--timeout", type=_duration_argument, default=60, metavar="DURATION", help="how long to wait for the outcome (default: 60s)"), _JSON)),
     "version": CliCommand(version, "print version, Python, SQLite, platform and build digest", (_JSON,)),
     "init": CliCommand(init, "write commented sample files and a fresh key", (_argument("dir", nargs="?", default=".", metavar="DIR", help="directory to write into (default: this one)"),)),
     "keygen": CliCommand(keygen, "print a fresh key of 32 random bytes in hex"),
@@ -11765,7 +12130,7 @@ COMMANDS: dict[str, CliCommand] = {
         _argument("service", metavar="SERVICE"), *_TO_SERVER, _JSON, _REASON,
         _argument("--for", type=_duration_argument, metavar="DURATION", help="how long, as 90s, 30m, 2h, 3d (default: until it is unlocked)"), _FORCE)),
     "unlock": CliCommand(unlock, "take deploys of a service again", (_argument("service", metavar="SERVICE"), *_TO_SERVER, _JSON, _FORCE)),
-    "status": CliCommand(status, "show one deployment", (_argument("id", metavar="ID"), *_TO_SERVER, _JSON)),
+    "status": CliCommand(status, "show one deployment, or how the server is", (_argument("id", nargs="?", metavar="ID"), *_TO_SERVER, _JSON)),
     "history": CliCommand(history, "list deployments, newest first", (
         _argument("service", nargs="?", metavar="SERVICE"), *_TO_SERVER, _JSON,
         _argument("-n", "--limit", type=_number(1, 200), default=20, help="how many (1-200, default 20)"),

@@ -195,12 +195,13 @@ CONFINED = {
     "os.chmod": "WORLD SERVER",
     "os.environ": "LOG SECRETS CLIENT CLI",
     "os.getpgrp": "ENGINE",
+    "os.kill": "WORLD",
     "os.killpg": "WORLD",
     "os.makedirs": "WORLD CLI",
     "os.open": "WORLD LOG SECRETS RUN BACKUP CLI",
     "os.setpriority": "RUN",
     "os.umask": "DAEMON",
-    "os.unlink": "LOG STORE SERVER BACKUP",
+    "os.unlink": "LOG STORE SERVER BACKUP DAEMON",
     "print": "CLIENT CLI",
     "pwd": "WORLD",
     "queue": "STORE CLIENT",
@@ -230,7 +231,7 @@ CONFINED = {
     "time.sleep": "WORLD SERVER CLIENT",
     "time.time_ns": "WORLD"}
 
-NEVER = {"eval", "exec", "compile", "__import__", "globals", "breakpoint", "input", "os.system", "os.popen", "os.fork", "os.kill"}
+NEVER = {"eval", "exec", "compile", "__import__", "globals", "breakpoint", "input", "os.system", "os.popen", "os.fork"}
 
 
 def imports() -> Iterator[tuple[str, str]]:
