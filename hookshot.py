@@ -10574,7 +10574,7 @@ class Daemon:
         self._reload_lock = threading.Lock()
         self._record = ReloadRecord(os.getpid(), _own_ticks(os.getpid()), config_path, services_path)
         # What was last wrong with the secrets when they were read again.
-        self._secrets_problems: tuple[Problem, ...] = ()
+        self._told_problems: tuple[Problem, ...] = ()
         # How the files of [server.tls] were when they were read.
         self._tls_marks = self._mark_tls(self._current.config.server.tls)
         self._is_stopping_now = False
@@ -10752,8 +10752,7 @@ class Daemon:
     def _reload(self) -> bool:
         self._write_record(number=self._record.number + 1, outcome="reading", at=render_time(now_ms()), changes=(), pending=(), problems=())
         try:
-            loaded = self._read_in_peace([*self._paths, self._current.config.secrets.secrets_file, *filter(None, self._current.config.server.tls)], self._load)
-            self._refuse_emptied(loaded)
+            loaded = self._read_in_peace([*self._paths, self._current.config.secrets.secrets_file, *filter(None, self._current.config.server.tls)], self._load_again)
         except ConfigError as error:
             for problem in error.problems:
                 self.log.write("error", "reload_problem", str(problem))
@@ -10790,13 +10789,15 @@ class Daemon:
             storage=after.storage._replace(data_dir=before.storage.data_dir),
             secrets=after.secrets._replace(secret_prefix=before.secrets.secret_prefix)))
 
-    def _refuse_emptied(self, loaded: Current) -> None:
-        """Raise ConfigError for a file with nothing in it: an editor or a full disk has cut it off, more likely than anybody meant that."""
+    def _load_again(self) -> Current:
+        """Load what is in the files now; ConfigError also for a file that has lost its content: a cut is likelier than that somebody meant it."""
         config_path, services_path = self._paths
-        if loaded.config != self._current.config and (mark := read_mark(config_path)) and not mark.size:
+        if (mark := read_mark(config_path)) and not mark.size and self._override(load_config("", config_path, [])) != self._current.config:
             raise ConfigError([Problem(config_path, "", "is empty; if the defaults alone are meant, restart the server")])
+        loaded = self._load()
         if self._current.services.by_name and not loaded.services.by_name:
             raise ConfigError([Problem(services_path, "service", "there is no service any more; if the last one is meant to go, restart the server")])
+        return loaded
 
     def _read_in_peace(self, paths: Sequence[str], read: Callable[[], Any]) -> Any:
         """Return what `read` returns or raises, once nobody writes to the files meanwhile; ConfigError if somebody goes on doing so."""
@@ -10879,9 +10880,9 @@ class Daemon:
             keyring = self._read_in_peace([current.config.secrets.secrets_file], self._load_secrets)
         except ConfigError as error:
             # Once, not at every interval.
-            for problem in error.problems if error.problems != self._secrets_problems else ():
+            for problem in error.problems if error.problems != self._told_problems else ():
                 self.log.write("error", "secrets_failed", f"{problem}; the old secrets stay in force")
-            self._secrets_problems = error.problems
+            self._told_problems = error.problems
             self._mark_stale("secrets")
             return
         changes = describe_secrets(current.keyring.values, keyring.values)
@@ -10891,7 +10892,7 @@ class Daemon:
         elif "secrets" in self.app.stale:
             self.publish(Noted("secrets_reloaded", "secrets can be read again, and have not changed"))
         self._mark_fresh("secrets")
-        self._secrets_problems = ()
+        self._told_problems = ()
 
     def _load_secrets(self) -> Keyring:
         problems: list[Problem] = []
@@ -11409,8 +11410,9 @@ def reload_server(args: argparse.Namespace) -> int:
                      "problems": [problem._asdict() for problem in record.problems]})
     else:
         _print_problems(record.problems)
-        print("\n".join(map(escape_controls, [*record.changes, *(f"{line} (needs a restart)" for line in record.pending)]))
-              or "nothing has changed" if is_taken else "nothing is reloaded: the old configuration stays in force")
+        for line in [*record.changes, *(f"{line} (needs a restart)" for line in record.pending)]:
+            print(escape_controls(line))
+        _say("reloaded" + "; nothing has changed" * (not record.changes) if is_taken else "nothing is reloaded: the old configuration stays in force")
     if not {record.config, record.services} <= set(_paths(args)) and not args.data_dir:
         _say(f"the server reads {record.config} and {record.services}")
     return EXIT_OK if is_taken else EXIT_CONFIG
