@@ -142,6 +142,7 @@ ERRORS: dict[str, ErrorKind] = {
     "unreachable": ErrorKind("UNREACHABLE", 502, 69, "The server cannot be reached"),
     "cannot_write": ErrorKind("CANNOT_WRITE", 500, 73, "A file cannot be written"),
     "in_use": ErrorKind("IN_USE", 503, 75, "Another process holds it"),
+    "audit_broken": ErrorKind("AUDIT_BROKEN", 500, 65, "The audit is not as it was written"),
     "config": ErrorKind("CONFIG", 500, 78, "The configuration is wrong"),
 }
 KIND_OF_CODE = {kind.code: name for name, kind in ERRORS.items()}
@@ -150,11 +151,13 @@ KIND_OF_CODE = {kind.code: name for name, kind in ERRORS.items()}
 class HookshotError(Exception):
     """A row of ERRORS and its sentence; `details` is a further text for the caller, `headers` go with the answer.
 
-    `members` are further members of the JSON answer. `reason` is a word for the metrics, which callers do not see.
+    `members` are further members of the JSON answer. Callers see neither `reason`, a word for the metrics, nor `gate`, a row
+    of GATES where the error does not tell it, nor `about`: the service, deploy_id and image that were asked for.
     """
 
     def __init__(self, name: str, sentence: str, *, details: str | None = None, retry_after_s: int | None = None,
-                 headers: tuple[tuple[str, str], ...] = (), reason: str | None = None, members: Mapping[str, Any] = {}):
+                 headers: tuple[tuple[str, str], ...] = (), reason: str | None = None, members: Mapping[str, Any] = {},
+                 gate: str | None = None):
         super().__init__(sentence)
         self.name = name
         self.kind = ERRORS[name]
@@ -163,6 +166,8 @@ class HookshotError(Exception):
         self.headers = headers
         self.members = members
         self.reason = reason
+        self.gate = gate
+        self.about: tuple[str | None, str | None, str | None] = (None, None, None)
         self.retry_after_s = self.kind.retry_after_s if retry_after_s is None else retry_after_s
 
 
@@ -883,6 +888,7 @@ class Retention(NamedTuple):
     successful_deploys: int = key(100, _integer(1, 10000), "successful deployments kept per service")
     failed_deploys: int = key(50, _integer(1, 10000), "deployments with any other ending kept per service")
     log_days: int = key(90, _integer(1, 10000), "days that a deployment's log is kept")
+    audit_days: int = key(365, _integer(7, 10000), "days that rows of the audit are kept, and at most one more")
 
 
 def _parse_listen_list(value: Any, place: Place) -> tuple[ListenAddress, ...]:
@@ -2364,10 +2370,10 @@ def check_request(service: Service, request: DeployRequest) -> None:
         raise HookshotError("access_denied", f"service {service.name} is disabled; set enabled = true in services.toml")
     for field, image in (("image", request.image), ("previous_image", request.previous_image)):
         if image is not None and not service.security.allowed_image_pattern.fullmatch(image):
-            raise HookshotError("validation", f"{field}: {clip(image, 128)} is not allowed for service {service.name}")
+            raise HookshotError("validation", f"{field}: {clip(image, 128)} is not allowed for service {service.name}", gate="image")
     for name in request.env:
         if name not in service.security.allowed_env_overrides:
-            raise HookshotError("validation", f"overrides.env.{name}: may not be set for service {service.name}")
+            raise HookshotError("validation", f"overrides.env.{name}: may not be set for service {service.name}", gate="overrides")
 
 
 def choose_previous_image(image: str, requested: str | None, last_good: str | None) -> str | None:
@@ -3403,6 +3409,8 @@ LOG_EVENTS: dict[str, str] = {
     "lock_expired": "the time of a lock is over",
     "request_refused": "a request was answered with an error",
     "requests_refused": "how many more of one kind were refused in a minute",
+    "audit_head": "number and hash of the newest row of the audit, at start and once a day",
+    "audit_failed": "rows of the audit cannot be written yet; they are kept in memory",
     "proxy_not_believed": "a neighbour sends forwarding headers, and is no trusted proxy",
     "connections_exhausted": "no connection can be accepted",
     "answer_broken": "an answer broke off while it was sent",
@@ -3868,6 +3876,17 @@ MIGRATIONS: tuple[str, ...] = (
         id INTEGER PRIMARY KEY AUTOINCREMENT, service TEXT NOT NULL, owner TEXT NOT NULL, reason TEXT, since_ms INTEGER NOT NULL,
         until_ms INTEGER, clock TEXT);
     """,
+    # `hash` covers the row and the hash before it. `key_uses` has the last use of each key by service ("" where that is unknown).
+    """
+    CREATE TABLE audit (
+        n INTEGER PRIMARY KEY, at_ms INTEGER NOT NULL, action TEXT NOT NULL, decision TEXT NOT NULL, request_id TEXT, address TEXT,
+        key_id TEXT, service TEXT, deploy_id TEXT, image TEXT, gate TEXT, detail TEXT, requests INTEGER NOT NULL, hash TEXT NOT NULL);
+    CREATE INDEX audit_by_request ON audit (request_id) WHERE request_id IS NOT NULL;
+    CREATE TABLE key_uses (
+        key_id TEXT NOT NULL, service TEXT NOT NULL, at_ms INTEGER NOT NULL, address TEXT, request_id TEXT,
+        PRIMARY KEY (key_id, service)) WITHOUT ROWID;
+    INSERT INTO marks VALUES ('keys_since_ms', CAST(strftime('%s', 'now') AS INTEGER) * 1000);
+    """,
 )
 
 _COLUMNS = ", ".join(Deployment._fields)
@@ -3910,6 +3929,10 @@ _MAX_MESSAGES = 100_000
 _MESSAGE_MAY_PASS_MS = 2 * 86_400_000
 # Lockings from which notices may still be made: they are, within a second.
 _LOCKINGS_KEPT = 1000
+# About 300 MB. Accepted requests alone never come near it: these are a thousand a day for almost three years.
+_MAX_AUDIT_ROWS = 1_000_000
+_AUDIT_BATCH = 5000
+_DAY_MS = 86_400_000
 # A quarter of what makes SQLite itself checkpoint, in the commit that reaches it: 5 ms on top of 0.3 ms.
 _CHECKPOINT_BYTES = 1 << 20
 # What a long reading, such as a backup's, lets the write-ahead log grow to is cut to this at the next checkpoint.
@@ -3976,6 +3999,50 @@ class Lock(NamedTuple):
         if self.until_ms is None:
             return None
         return self.until_ms - self.since_ms - elapsed_ms(self.clock, clock, wall_ms=at_ms - self.since_ms)
+
+
+class AuditRow(NamedTuple):
+    """What became of one request, or of an operator's act; docs/audit.md has the words. The last two are the store's to give.
+
+    `requests`: how many it stands for. `gate`: the row of GATES that refused, or found it to be known already.
+    """
+
+    at_ms: int
+    action: str
+    decision: str
+    request_id: str | None = None
+    address: str | None = None
+    key_id: str | None = None
+    service: str | None = None
+    deploy_id: str | None = None
+    image: str | None = None
+    gate: str | None = None
+    detail: str | None = None
+    requests: int = 1
+    n: int = 0
+    hash: str = ""
+
+
+_AUDIT_COLUMNS = ", ".join(AuditRow._fields)
+# What stands before the first row.
+AUDIT_ROOT = "0" * 64
+_AUDIT_ENCODER = json.JSONEncoder(separators=(",", ":"), default=repr)
+_PRUNED = re.compile(r"rows up to (\d+), whose hash is ([0-9a-f]{64}), .*", re.ASCII)
+
+
+def chain_hash(before: str, row: AuditRow) -> str:
+    """Return the hash of a row: SHA-256 over the hash before it and the row's values as compact ASCII JSON, `n` last."""
+    return hashlib.sha256(f"{before}\n{_AUDIT_ENCODER.encode(row[:-1])}".encode()).hexdigest()
+
+
+class KeyUse(NamedTuple):
+    """The last signature of a key for a service ("" where that is unknown): also if the request was refused then."""
+
+    key_id: str
+    service: str
+    at_ms: int
+    address: str | None
+    request_id: str | None
 
 
 class CancelWanted(Exception):
@@ -4200,8 +4267,8 @@ class Store:
     # --- accepting
 
     def submit(self, request: DeployRequest, trigger: Trigger, at_ms: int, *, limits: Limits, on_busy: str,
-               may_claim: bool = False, reason: str = "accepted", ignores_lock: bool = False) -> Submission:
-        """Put a deployment in the queue, durably, or return the one with the same id and body.
+               may_claim: bool = False, reason: str = "accepted", ignores_lock: bool = False, action: str = "deploy") -> Submission:
+        """Put a deployment in the queue, durably and with its row of the audit, or return the one with the same id and body.
 
         With `may_claim` the queue's next deployment is taken in the same transaction: one fsync instead of two.
 
@@ -4215,10 +4282,10 @@ class Store:
             raise HookshotError("storage", f"the data directory cannot be used: {error.strerror}") from None
         if free < DISK_RESERVE_BYTES:
             raise HookshotError("disk_full", f"less than {render_size(DISK_RESERVE_BYTES)} are free for {self._folder}; free some space")
-        return self._write(lambda db: self._submit(db, request, trigger, at_ms, limits, on_busy, may_claim, reason, ignores_lock), durable=True)
+        return self._write(lambda db: self._submit(db, request, trigger, at_ms, limits, on_busy, may_claim, reason, ignores_lock, action), durable=True)
 
     def _submit(self, db: sqlite3.Connection, request: DeployRequest, trigger: Trigger, at_ms: int, limits: Limits,
-                on_busy: str, may_claim: bool, reason: str, ignores_lock: bool) -> Submission:
+                on_busy: str, may_claim: bool, reason: str, ignores_lock: bool, action: str) -> Submission:
         service = request.service
         if existing := self._find_same(db, request) or self._find_message(db, service, request):
             self._remember_message(db, service, request, existing.deploy_id, at_ms)
@@ -4235,7 +4302,7 @@ class Store:
         elif on_busy == "reject" and queued + sum(counts.values()) >= limits.max_concurrent_per_service:
             raise HookshotError("busy", f"service {request.service} is busy and does not queue (on_busy = \"reject\")")
         if queued >= limits.max_queue_per_service:
-            raise HookshotError("busy", f"{queued} deployments of service {request.service} wait already")
+            raise HookshotError("busy", f"{queued} deployments of service {request.service} wait already (limits.max_queue_per_service)")
         deployment = new_deployment(request, trigger, request.deploy_id or new_deploy_id(at_ms), at_ms)._replace(clock=self._clock())
         cursor = db.execute(
             "INSERT INTO deployments (deploy_id, service, state, image, previous_image, metadata, env, trigger, digest, "
@@ -4246,6 +4313,8 @@ class Store:
         deployment = deployment._replace(seq=cursor.lastrowid or 0)
         self._remember_message(db, service, request, deployment.deploy_id, at_ms)
         self._add_move(db, None, deployment, at_ms, reason)
+        self._audit(db, AuditRow(at_ms, action, "accepted", trigger.request_id, trigger.address, trigger.key_id, service, deployment.deploy_id,
+                                 deployment.image, detail=reason if action != "deploy" else None))
         # While the service is busy nobody need be woken: writes are serial, so whoever frees the place will find this row.
         can_start = sum(counts.values()) < limits.max_concurrent_per_service
         claimed = self._claim(db, at_ms, limits) if can_start and may_claim else None
@@ -4313,15 +4382,15 @@ class Store:
         found = self._select(f"WHERE completed_ms IS NOT NULL AND service=? AND state='Succeeded' {clause} ORDER BY seq DESC LIMIT 1", values)
         return next(iter(found), None)
 
-    def cancel(self, control: ControlRequest, reason: str, at_ms: int) -> tuple[Deployment, bool]:
+    def cancel(self, control: ControlRequest, trigger: Trigger, reason: str, at_ms: int) -> tuple[Deployment, bool]:
         """End a queued deployment as Cancelled, or note in the row of a running one that it shall end so; durably.
 
         Returns it as it is then, and whether the same message came before. Raises `deployment_not_found`, and `not_possible`
         for one that has ended, or that fails already: its rollback and its hooks are not cut short.
         """
-        return self._write(lambda db: self._cancel(db, control, reason, at_ms), durable=True)
+        return self._write(lambda db: self._cancel(db, control, trigger, reason, at_ms), durable=True)
 
-    def _cancel(self, db: sqlite3.Connection, control: ControlRequest, reason: str, at_ms: int) -> tuple[Deployment, bool]:
+    def _cancel(self, db: sqlite3.Connection, control: ControlRequest, trigger: Trigger, reason: str, at_ms: int) -> tuple[Deployment, bool]:
         row = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE deploy_id=?", (control.target,)).fetchone()
         if not row:
             raise HookshotError("deployment_not_found", f"there is no deployment {control.target} any more")
@@ -4334,13 +4403,14 @@ class Store:
             raise HookshotError("not_possible", f"deployment {found.deploy_id} cannot be cancelled any more: it has failed and "
                                                 f"{'is rolled back' if found.state is State.ROLLING_BACK else 'its on_failure hooks run'}")
         self._remember_message(db, found.service, control, found.deploy_id, at_ms)
+        self._audit_control(db, control, trigger, found.service, at_ms, found)
         if found.state is State.QUEUED:
             return self._move(db, found, Outcome.CANCELLED, reason, at_ms, error=reason), False
         # Whoever came first is the one that it says.
         db.execute("UPDATE deployments SET cancel_reason=coalesce(cancel_reason, ?) WHERE seq=?", (reason, found.seq))
         return found._replace(cancel_reason=found.cancel_reason or reason), False
 
-    def lock(self, control: ControlRequest, at_ms: int) -> LockChange:
+    def lock(self, control: ControlRequest, trigger: Trigger, at_ms: int) -> LockChange:
         """Lock a service, or change the lock of the same owner, durably; raise `service_locked` if it is another's, unless forced."""
         def work(db: sqlite3.Connection) -> LockChange:
             service, before = control.target, self._find_lock(db, control.target, at_ms)
@@ -4353,11 +4423,12 @@ class Store:
             number = db.execute("INSERT INTO lockings (service, owner, reason, since_ms, until_ms, clock) VALUES (?, ?, ?, ?, ?, ?)", lock).lastrowid or 0
             db.execute("DELETE FROM lockings WHERE id <= ?", (number - _LOCKINGS_KEPT,))
             self._remember_message(db, service, control, "", at_ms)
+            self._audit_control(db, control, trigger, service, at_ms)
             return LockChange(lock, False)
 
         return self._write(work, durable=True)
 
-    def unlock(self, control: ControlRequest, at_ms: int) -> LockChange:
+    def unlock(self, control: ControlRequest, trigger: Trigger, at_ms: int) -> LockChange:
         """Unlock a service, durably; raise `service_locked` if the lock is another owner's, unless forced."""
         def work(db: sqlite3.Connection) -> LockChange:
             service, before = control.target, self._find_lock(db, control.target, at_ms)
@@ -4367,6 +4438,7 @@ class Store:
                 raise _locked(before, before.left_ms(self._clock(), at_ms))
             db.execute("DELETE FROM locks WHERE service=?", (service,))
             self._remember_message(db, service, control, "", at_ms)
+            self._audit_control(db, control, trigger, service, at_ms)
             return LockChange(None, False)
 
         return self._write(work, durable=True)
@@ -4404,6 +4476,89 @@ class Store:
                                                              (lock.service, lock.since_ms, lock.until_ms)).rowcount)
 
         return self._write(work, durable=False)
+
+    # --- the audit
+
+    @staticmethod
+    def _last_audit(db: sqlite3.Connection) -> tuple[int, str]:
+        return db.execute("SELECT n, hash FROM audit ORDER BY n DESC LIMIT 1").fetchone() or (0, AUDIT_ROOT)
+
+    @classmethod
+    def _add_audit(cls, db: sqlite3.Connection, row: AuditRow) -> None:
+        number, before = cls._last_audit(db)
+        row = row._replace(n=number + 1)
+        db.execute("INSERT INTO audit (at_ms, action, decision, request_id, address, key_id, service, deploy_id, image, gate, detail, requests, n, hash) "
+                   "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row._replace(hash=chain_hash(before, row)))
+
+    @staticmethod
+    def _note_use(db: sqlite3.Connection, use: KeyUse) -> None:
+        db.execute("INSERT INTO key_uses (key_id, service, at_ms, address, request_id) VALUES (?, ?, ?, ?, ?) ON CONFLICT (key_id, service) "
+                   "DO UPDATE SET at_ms=excluded.at_ms, address=excluded.address, request_id=excluded.request_id "
+                   # What is written in batches comes late. A clock that was put back is believed.
+                   "WHERE excluded.at_ms >= at_ms OR excluded.at_ms < at_ms - 60000", use)
+
+    @classmethod
+    def _audit(cls, db: sqlite3.Connection, row: AuditRow) -> None:
+        """Write the row of a signed request in the transaction of what it did."""
+        cls._add_audit(db, row)
+        cls._note_use(db, KeyUse(row.key_id or "", row.service or "", row.at_ms, row.address, row.request_id))
+
+    @classmethod
+    def _audit_control(cls, db: sqlite3.Connection, control: ControlRequest, trigger: Trigger, service: str, at_ms: int,
+                       deployment: Deployment | None = None) -> None:
+        words = [f"by {control.owner}"] * (deployment is None) + [f"for {control.for_s} s"] * bool(control.for_s) + ["forced"] * control.force
+        words += [control.reason] if control.reason else []
+        cls._audit(db, AuditRow(at_ms, control.action, "done", trigger.request_id, trigger.address, trigger.key_id, service,
+                                deployment and deployment.deploy_id, deployment and deployment.image, detail=", ".join(words) or None))
+
+    def record_audit(self, rows: Sequence[AuditRow], uses: Iterable[KeyUse]) -> None:
+        """Write rows of the audit whose facts are written nowhere else, and when keys were last used."""
+        def work(db: sqlite3.Connection) -> None:
+            for row in rows:
+                self._add_audit(db, row)
+            for use in uses:
+                self._note_use(db, use)
+
+        self._write(work, durable=False)
+
+    def audit_head(self) -> tuple[int, str]:
+        """Return number and hash of the audit's newest row."""
+        with self._reader() as db:
+            return self._last_audit(db)
+
+    def audit_of(self, request_id: str, since_ms: int) -> tuple[AuditRow, ...]:
+        """Return the rows of the requests with an id, oldest first."""
+        with self._reader() as db:
+            rows = db.execute(f"SELECT {_AUDIT_COLUMNS} FROM audit WHERE request_id=? AND at_ms >= ? ORDER BY n", (request_id, since_ms)).fetchall()
+        return tuple(map(AuditRow._make, rows))
+
+    def key_uses(self) -> dict[tuple[str, str], KeyUse]:
+        """Return the last uses of keys, by key and service."""
+        with self._reader() as db:
+            rows = db.execute("SELECT key_id, service, at_ms, address, request_id FROM key_uses").fetchall()
+        return {use[:2]: use for use in map(KeyUse._make, rows)}
+
+    def prune_audit(self, at_ms: int, *, days: int, keep: int = _MAX_AUDIT_ROWS) -> int:
+        """Remove a batch of the audit's first rows once they are older than `days` and one more, or are more than `keep`.
+
+        A row of its own says up to which, and with which hash: from there the chain is checked. Returns how many are removed.
+        """
+        before_ms = at_ms - days * _DAY_MS
+        with self._reader() as db:
+            first = db.execute("SELECT n, at_ms FROM audit ORDER BY n LIMIT 1").fetchone()
+            newest, _ = self._last_audit(db)
+            if not first or (first[1] >= before_ms - _DAY_MS and newest - first[0] < keep):
+                return 0
+            young = db.execute("SELECT n FROM audit WHERE at_ms >= ? ORDER BY n LIMIT 1", (before_ms,)).fetchone()
+        last = min(max(young[0] - 1 if young else newest, newest - keep), first[0] + _AUDIT_BATCH - 1, newest - 1)
+
+        def work(db: sqlite3.Connection) -> int:
+            digest = db.execute("SELECT hash FROM audit WHERE n=?", (last,)).fetchone()[0]
+            removed = db.execute("DELETE FROM audit WHERE n <= ?", (last,)).rowcount
+            self._add_audit(db, AuditRow(at_ms, "prune", "done", detail=f"rows up to {last}, whose hash is {digest}, are not kept any longer"))
+            return removed
+
+        return self._write(work, durable=False) if last >= first[0] else 0
 
     # --- carrying out
 
@@ -4760,6 +4915,7 @@ class Store:
             # notices of both are not taken for the same.
             db.execute("UPDATE marks SET value=lower(hex(randomblob(8))) WHERE name='database_id'")
             rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE completed_ms IS NULL ORDER BY seq").fetchall()
+            self._add_audit(db, AuditRow(at_ms, "import", "done", detail=f"{reason}; deployments given up: {len(rows)}"))
             return tuple(self._give_up(db, _deployment_of(row), reason, at_ms) for row in rows)
 
         try:
@@ -4847,6 +5003,67 @@ def count_unfinished(path: str) -> int | None:
             return db.execute("SELECT count(*) FROM deployments WHERE completed_ms IS NULL").fetchone()[0]
     except (sqlite3.Error, UnicodeDecodeError):  # the latter from a message that quotes a damaged schema
         return None
+
+
+# --- the audit of a data directory, read by another process
+
+
+@contextlib.contextmanager
+def _open_audit(path: str) -> Iterator[sqlite3.Connection]:
+    if not os.path.exists(path):
+        raise HookshotError("usage", f"there is no database {path}; name the data directory with --data-dir")
+    # As in count_unfinished(): without a write-ahead log nobody is at work.
+    mode = "mode=ro" if os.path.exists(path + "-wal") else "immutable=1"
+    try:
+        with contextlib.closing(_open_existing(path, mode)) as db:
+            db.text_factory = lambda text: text.decode("utf-8", "replace")
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name='audit'").fetchone():
+                raise HookshotError("usage", f"{path} is of an older hookshot and has no audit yet; start this one on it")
+            yield db
+    except sqlite3.Error as error:
+        raise _storage_error(error) from error
+
+
+def read_audit(path: str, *, service: str | None, limit: int) -> tuple[AuditRow, ...]:
+    """Return the newest rows of a database's audit, newest first."""
+    with _open_audit(path) as db:
+        rows = db.execute(f"SELECT {_AUDIT_COLUMNS} FROM audit WHERE ? IS NULL OR service=? ORDER BY n DESC LIMIT ?", (service, service, limit)).fetchall()
+    return tuple(map(AuditRow._make, rows))
+
+
+class AuditCheck(NamedTuple):
+    """What checking a chain of rows found: how many, from which on, the newest, and the first that is wrong (None: all fit)."""
+
+    rows: int
+    first: int
+    last: int
+    hash: str
+    bad: int | None = None
+    problem: str | None = None
+    has_head: bool = False
+
+
+def verify_audit(path: str, head: str | None = None) -> AuditCheck:
+    """Check every row of a database's audit against the one before it; `head` is a hash that some row must have."""
+    with _open_audit(path) as db:
+        db.execute("BEGIN")
+        pruned = db.execute("SELECT detail FROM audit WHERE action='prune' ORDER BY n DESC LIMIT 1").fetchone()
+        match = pruned and _PRUNED.fullmatch(pruned[0] or "")
+        start = (int(match[1]), match[2]) if match else (0, AUDIT_ROOT)
+        return check_chain(map(AuditRow._make, db.execute(f"SELECT {_AUDIT_COLUMNS} FROM audit ORDER BY n")), start, head)
+
+
+def check_chain(rows: Iterable[AuditRow], start: tuple[int, str], head: str | None) -> AuditCheck:
+    """Return what is found; `start` is number and hash of the row before the first."""
+    found = AuditCheck(0, start[0] + 1, *start, has_head=head == start[1])
+    for row in rows:
+        if row.n != found.last + 1:
+            return found._replace(bad=row.n, problem=f"rows {found.last + 1} to {row.n - 1}, which should stand before it, are missing"
+                                  if row.n > found.last else "it stands where it should not")
+        if row.hash != chain_hash(found.hash, row):
+            return found._replace(bad=row.n, problem="it, or the one before it, was edited, moved, put in or exchanged")
+        found = found._replace(rows=found.rows + 1, last=row.n, hash=row.hash, has_head=found.has_head or row.hash == head)
+    return found
 
 
 # === 14. SECRETS ======================================================================================================
@@ -6872,7 +7089,8 @@ class Engine:
 
     # --- what callers see
 
-    def submit(self, request: DeployRequest, trigger: Trigger, on_busy: str, *, reason: str = "accepted", ignores_lock: bool = False) -> Submission:
+    def submit(self, request: DeployRequest, trigger: Trigger, on_busy: str, *, reason: str = "accepted", ignores_lock: bool = False,
+               action: str = "deploy") -> Submission:
         """Queue a checked request; when this returns it is on disk."""
         if self.is_draining:
             raise HookshotError("shutting_down", "the server is shutting down; try again when it is back")
@@ -6882,7 +7100,7 @@ class Engine:
         claimed = None
         try:
             submission = self.store.submit(request, trigger, now_ms(), limits=self.current().config.limits, on_busy=on_busy,
-                                           may_claim=has_worker, reason=reason, ignores_lock=ignores_lock)
+                                           may_claim=has_worker, reason=reason, ignores_lock=ignores_lock, action=action)
             claimed = submission.claimed
             self.publish(Accepted(submission.deployment, submission.created, trigger))
         finally:
@@ -6901,12 +7119,12 @@ class Engine:
             self.publish(Moved(deployment, State.QUEUED, "superseded by a newer deployment"))
         return submission
 
-    def cancel(self, control: ControlRequest, reason: str) -> tuple[Deployment, bool]:
+    def cancel(self, control: ControlRequest, trigger: Trigger, reason: str) -> tuple[Deployment, bool]:
         """Cancel a queued deployment, or have a running one stopped; when this returns that is on disk.
 
         Returns it as it is then, and whether the same message came before.
         """
-        deployment, is_repeated = self.store.cancel(control, reason, now_ms())
+        deployment, is_repeated = self.store.cancel(control, trigger, reason, now_ms())
         if is_repeated:
             return deployment, True
         if deployment.is_terminal:
@@ -7095,6 +7313,8 @@ class Engine:
         if self._logs_pruned_s is None or time.monotonic() - self._logs_pruned_s > _LOGS_TURN_S:
             self._logs_pruned_s = time.monotonic()
             self.logs_bytes = self.store.prune_logs(now_ms() - config.storage.retention.log_days * 86_400_000)
+            while self.store.prune_audit(now_ms(), days=config.storage.retention.audit_days):
+                pass
             while self.store.prune_messages(now_ms()):
                 pass
 
@@ -7353,6 +7573,140 @@ def render_transition(move: Transition) -> bytes:
     return b"id: %d\nevent: deployment\ndata: %b\n" % (move.id, render_json(document))
 
 
+# How many rows of their own the audit gives to refusals, and to whom: by strangers, and by holders of a key. The first number
+# is for one code and one address in a minute; of all together so many may come at once, and then so many a minute.
+class _Allowance(NamedTuple):
+    each: int
+    at_once: int
+    a_minute: int
+
+
+_AUDIT_ALLOWANCES = {False: _Allowance(3, 100, 1), True: _Allowance(10, 1000, 5)}
+_MINUTE_S, _DAY_S = 60.0, 86_400.0
+_MAX_AUDIT_SOURCES = 1000
+# Sources that the row of a minute's count names.
+_NAMED_SOURCES = 8
+_MAX_DETAIL_CHARS = 500
+_JOURNAL_TURN_S = 1.0
+_TRACE_KEPT_MS = 7 * 86_400_000
+
+
+class Journal:
+    """What of the audit no transaction of a deployment writes: what was refused, repeated or planned, and the operator's acts.
+
+    It waits in memory for at most a second, and a flood leaves a bounded number of rows: the rest is counted, a row a minute.
+    Any thread; run() in one of its own.
+    """
+
+    def __init__(self, store: Store, publish: Publish):
+        self._store, self._publish = store, publish
+        self._lock, self._is_stopping = threading.Lock(), threading.Event()
+        self._rows: list[AuditRow] = []
+        self._uses: dict[tuple[str, str], KeyUse] = {}
+        # Of this minute: (code, address or /64, whether with a key) -> rows given; and (code, address) -> what had none.
+        self._given: collections.Counter[tuple[str, int | str | None, bool]] = collections.Counter()
+        self._counted: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._left = {is_known: allowance.at_once for is_known, allowance in _AUDIT_ALLOWANCES.items()}
+        self._minute_began: float | None = None
+        self._head_told = -_DAY_S
+        self._is_failing = False
+
+    def admits(self, code: str, address: Peer, *, is_known: bool) -> bool:
+        """Return whether this request may have a row of its own; if not, it is counted."""
+        source = (code, bucket_of(address), is_known)
+        with self._lock:
+            if self._left[is_known] and self._given[source] < _AUDIT_ALLOWANCES[is_known].each and len(self._given) <= _MAX_AUDIT_SOURCES:
+                self._left[is_known] -= 1
+                self._given[source] += 1
+                return True
+            counted = (code, render_peer(address))
+            self._counted[counted if counted in self._counted or len(self._counted) < _MAX_AUDIT_SOURCES else (code, "others")] += 1
+            return False
+
+    def add(self, row: AuditRow) -> None:
+        """Have a row written that was admitted, or is an act of the operator's."""
+        with self._lock:
+            self._rows.append(row)
+
+    def use(self, use: KeyUse) -> None:
+        """Have the last use of a key written."""
+        with self._lock:
+            self._uses[use.key_id, use.service] = use
+
+    def note(self, event: Event) -> None:
+        """Take notice of what the operator did, and of what the server's life leaves in the audit."""
+        if isinstance(event, Reloaded):
+            self.add(AuditRow(event.at_ms, "reload", "done" if event.is_taken else ERRORS["config"].code, detail=event.message))
+        elif isinstance(event, Noted) and event.event in ("started", "draining", "secrets_reloaded", "lock_expired"):
+            self.add(AuditRow(now_ms(), event.event, "done", detail=event.message))
+
+    def find(self, request_id: str) -> list[AuditRow]:
+        """Return the rows of the requests with an id, oldest first, those that are not written yet too."""
+        with self._lock:
+            waiting = [row for row in self._rows if row.request_id == request_id]
+        written = self._store.audit_of(request_id, now_ms() - _TRACE_KEPT_MS)
+        known = {row._replace(n=0, hash="") for row in written}
+        return [*written, *(row for row in waiting if row not in known)]
+
+    def run(self) -> None:
+        """Write what has come once a second until stop(), and then the rest."""
+        is_last = False
+        while not is_last:
+            is_last = self._is_stopping.wait(_JOURNAL_TURN_S)
+            try:
+                self.turn(time.monotonic(), is_last=is_last)
+                self._is_failing = False
+            except HookshotError as error:
+                if not self._is_failing:
+                    self._publish(Trouble("audit_failed", f"rows of the audit cannot be written yet: {error.sentence}"))
+                self._is_failing = True
+            except Exception as error:
+                self._publish(Broken("journal", error))
+
+    def turn(self, now_s: float, *, is_last: bool = False) -> None:
+        """Write what has come; tell the audit's head once a day."""
+        self._end_minute(now_s, is_last=is_last)
+        with self._lock:
+            rows, uses = list(self._rows), self._uses
+            self._uses = {}
+        if rows or uses:
+            try:
+                self._store.record_audit(rows, uses.values())
+            except HookshotError:
+                with self._lock:
+                    self._uses = {**uses, **self._uses}
+                raise
+        # Not before they can be read from the database.
+        with self._lock:
+            del self._rows[: len(rows)]
+        if now_s - self._head_told >= _DAY_S:
+            self._head_told = now_s
+            number, digest = self._store.audit_head()
+            self._publish(Noted("audit_head", f"row {number} of the audit has the hash {digest}"))
+
+    def _end_minute(self, now_s: float, *, is_last: bool) -> None:
+        """Add the row of what was counted when a minute is over, and let a few rows more pass."""
+        if self._minute_began is None:
+            self._minute_began = now_s
+        if now_s - self._minute_began < _MINUTE_S and not is_last:
+            return
+        self._minute_began = now_s
+        with self._lock:
+            counted, self._counted = self._counted, collections.Counter()
+            self._given.clear()
+            for is_known, (_, at_once, a_minute) in _AUDIT_ALLOWANCES.items():
+                self._left[is_known] = min(at_once, self._left[is_known] + a_minute)
+        if counted:
+            named = [f"{number} {code} from {address}" for (code, address), number in counted.most_common(_NAMED_SOURCES)]
+            rest = len(counted) - len(named)
+            self.add(AuditRow(now_ms(), "count", "counted", requests=counted.total(),
+                              detail=", ".join(named) + (f" and as many or fewer from each of {rest} more" if rest else "")))
+
+    def stop(self) -> None:
+        """End run()."""
+        self._is_stopping.set()
+
+
 class App:
     """What handlers may touch."""
 
@@ -7369,6 +7723,7 @@ class App:
         self.has_hinted = False
         self.started = time.monotonic()
         self.limiter = RateLimiter()
+        self.journal = Journal(store, publish)
         self._signing_keys: tuple[Current | None, dict[str, SigningKey]] = (None, {})
         self.health = HealthCache()
 
@@ -7630,14 +7985,131 @@ def _pass_signature(app: App, route: Route, request: Request) -> Request:
 def answer_bug(app: App, request: Request, error: Exception) -> Response:
     """Publish a bug and return the answer that tells nothing of it but the request's id."""
     app.publish(Broken("request", error, request.request_id))
-    return answer_error(HookshotError("internal", "the server made a mistake; its log has more under this request_id"), request.request_id)
+    told = HookshotError("internal", "the server made a mistake; its log has more under this request_id")
+    _audit_refusal(app, request, client_address(request, app.current().config.security.trusted_proxies), told)
+    return answer_error(told, request.request_id)
 
 
 def refuse(app: App, request: Request, error: HookshotError) -> Response:
     """Publish that a request is refused (its path without the query, which may hold anything) and return the answer."""
     address = client_address(request, app.current().config.security.trusted_proxies)
     app.publish(Refused(request.request_id, address, request.method, request.path, error.kind.code, error.sentence, error.reason))
+    _audit_refusal(app, request, address, error)
     return answer_error(error, request.request_id)
+
+
+# --- the audit and the trace of decisions
+
+# What decides on signed requests, and by which rule.
+GATES = {
+    "connection": "server.max_connections",
+    "length": "server.max_request_size; the head says how long the body is",
+    "address": "security.allowed_ips",
+    "rate": "security.rate_limit",
+    "credentials": "a signature is there",
+    "transfer": "the body comes within server.request_timeout",
+    "signature": "one of security.hmac_keys, or of the hmac_keys of a service, made it",
+    "timestamp": "security.replay_window, security.require_timestamp; control requests must have one",
+    "media_type": "JSON in UTF-8, not compressed",
+    "fields": "fields and parameters are what they may be",
+    "storage": "database and disk can be used",
+    "key": "the key may sign for the service: security.hmac_keys, or the service's own hmac_keys",
+    "target": "the service, or the deployment, is there",
+    "id": "deploy_id, Idempotency-Key and webhook-id are not those of another request",
+    "state": "the deployment can still be cancelled, or has ended; there is something to go back to",
+    "enabled": "enabled of the service",
+    "image": "allowed_image_pattern of the service",
+    "overrides": "allowed_env_overrides of the service",
+    "plan": "each command gets all that its placeholders need",
+    "accepting": "the server is not shutting down",
+    "lock": "the service is not locked, or by the same owner",
+    "queue": "limits.max_queue_per_service, on_busy of the service",
+}
+_DOOR = ("connection", "length", "address", "rate", "credentials", "transfer", "signature", "timestamp", "media_type", "fields")
+_REDONE = (*_DOOR, "storage", "key", "target", "id", "state", "enabled", "image", "overrides", "plan", "accepting")
+# Which gates a request passes, in their order. A test walks along each.
+GATES_OF = {
+    "deploy": (*_DOOR, "key", "target", "enabled", "image", "overrides", "plan", "accepting", "storage", "id", "lock", "queue"),
+    "plan": (*_DOOR, "key", "target", "enabled", "image", "overrides", "storage", "plan"),
+    "retry": (*_REDONE, "lock", "queue"),
+    "rollback": (*_REDONE, "queue"),
+    "cancel": (*_DOOR, "storage", "key", "target", "id", "state"),
+    "lock": (*_DOOR, "storage", "key", "target", "id", "lock"),
+    "unlock": (*_DOOR, "storage", "key", "target", "id", "lock"),
+}
+# HookshotError.reason, or else its name, where that tells the gate.
+_GATE_OF_WORD = {
+    "overloaded": "connection", "too_large": "length", "length_required": "length", "bad_request": "length", "not_implemented": "length",
+    "expectation": "length", "address": "address", "rate_limited": "rate", "missing": "credentials", "request_timeout": "transfer",
+    "wrong": "signature", "stale": "timestamp", "no_timestamp": "timestamp", "media_type": "media_type", "validation": "fields",
+    "storage": "storage", "disk_full": "storage", "other_service": "key", "service_not_found": "target", "deployment_not_found": "target",
+    "conflict": "id", "not_possible": "state", "access_denied": "enabled", "shutting_down": "accepting", "service_locked": "lock", "busy": "queue"}
+
+
+@contextlib.contextmanager
+def _planning() -> Iterator[None]:
+    """What is found not valid meanwhile, the plan refuses."""
+    try:
+        yield
+    except HookshotError as error:
+        error.gate = "plan" if error.name == "validation" else error.gate
+        raise
+
+
+def _action_of(request: Request, route: Route | None) -> str:
+    """Return what the audit calls a request: "deploy", "cancel", ..., or method and route."""
+    if route and route.gate == "signature":
+        return route.pattern.rpartition("/")[2]
+    return "-" if request.method == "-" else f"{request.method if request.method in _COUNTED_METHODS else OTHER} {route.pattern if route else OTHER}"
+
+
+def _audit_refusal(app: App, request: Request, address: Peer, error: HookshotError) -> None:
+    route = find_route(request.method, request.path, app.current().config)
+    # Who may read, and asks for what is not there, is answered.
+    if route and route.gate != "signature" and error.kind.http not in (401, 403, 429):
+        return
+    gate = error.gate or _GATE_OF_WORD.get(error.reason or "") or _GATE_OF_WORD.get(error.name)
+    _audit_unwritten(app, request, address, _action_of(request, route), error.kind.code, gate, error.sentence, error.about)
+
+
+def _audit_unwritten(app: App, request: Request, address: Peer, action: str, decision: str, gate: str | None, detail: str | None,
+                  about: Sequence[str | None]) -> None:
+    """Have the journal keep what no transaction has written: the row, if there may be one, and the use of the key."""
+    key_id = request.verified.key_id if request.verified else None
+    service, deploy_id, image = about
+    if key_id:
+        known = service if service in app.current().services.by_name else ""
+        app.journal.use(KeyUse(key_id, known or "", now_ms(), render_peer(address), request.request_id))
+    if app.journal.admits(decision, address, is_known=key_id is not None):
+        mask = app.current().keyring.masker.mask_text
+        app.journal.add(AuditRow(now_ms(), action, decision, request.request_id, render_peer(address), key_id, service, deploy_id,
+                                 image and mask(image), gate, detail and clip(mask(detail), _MAX_DETAIL_CHARS)))
+
+
+def handle_request(app: App, request: Request) -> Response:
+    """GET /requests/{request_id}"""
+    request_id = _last_segment(request)
+    found = app.journal.find(request_id)
+    if not found:
+        raise HookshotError("not_found", f"there is no trace of a request {clip(escape_controls(request_id), 128)}: it is older than 7 days, or was "
+                                         "one of many that were only counted, or never came")
+    return answer(200, {"request_id": request_id, "requests": [_render_trace(row) for row in found]})
+
+
+def _render_trace(row: AuditRow) -> dict[str, Any]:
+    return {"at": render_time(row.at_ms), "action": row.action, "decision": row.decision, "detail": row.detail, "address": row.address,
+            "key_id": row.key_id, "service": row.service, "deploy_id": row.deploy_id, "image": row.image, "gates": _render_gates(row)}
+
+
+def _render_gates(row: AuditRow) -> list[dict[str, str]]:
+    """Return the gates that a request came to, in order: it passed all but perhaps the last one."""
+    names = GATES_OF.get("plan" if row.decision == "planned" else row.action, ())
+    if row.decision not in ("accepted", "done", "planned"):
+        # A gate that the list lacks cannot be told to stand behind others.
+        names = (*names[: names.index(row.gate) if row.gate in names else 0], *([row.gate] if row.gate in GATES else []))
+    result = {"accepted": "passed", "done": "passed", "planned": "passed", "repeated": "known"}.get(row.decision, "refused")
+    of_service = f"service {row.service}" if row.service else "the service"
+    return [{"gate": name, "rule": GATES[name].replace("the service", of_service), "result": result if name == row.gate else "passed"} for name in names]
 
 
 def count_answer(app: App, method: str, route: Route | None, status: int, seconds: float) -> None:
@@ -7693,16 +8165,37 @@ def handle_deploy(app: App, request: Request) -> Response:
     assert verified
     _check_media_type(request)
     deploy = parse_deploy(verified, request.headers.get("idempotency-key"))
-    wait_s = parse_wait(request.query, request.headers.get("prefer"))
+    try:
+        wait_s = parse_wait(request.query, request.headers.get("prefer"))
+        return _deploy(app, request, current, deploy, wait_s)
+    except HookshotError as error:
+        error.about = (deploy.service, deploy.deploy_id, deploy.image)
+        raise
+
+
+def _deploy(app: App, request: Request, current: Current, deploy: DeployRequest, wait_s: int | None) -> Response:
     service = _service_for(current, deploy.service, deploy.key_id)
     check_request(service, deploy)
     trigger = _trigger_of(current, request, deploy.key_id)
     draft = new_deployment(deploy, trigger, deploy.deploy_id or new_deploy_id(now_ms()), now_ms())
     if deploy.dry_run:
-        return _answer_plan(app, service, draft)
-    build_plan(service, draft, current.config.limits, {}, None)
+        with _planning():
+            response = _answer_plan(app, service, draft)
+        _audit_kept(app, request, "deploy", "planned", None, service.name, draft.deploy_id, draft.image)
+        return response
+    with _planning():
+        build_plan(service, draft, current.config.limits, {}, None)
     submission = app.engine.submit(deploy, trigger, service.on_busy or "queue")
+    # Whoever waits for the end of what he asked for himself, asks for it again and again.
+    if not submission.created and not (wait_s and trigger[:2] == submission.deployment.trigger[:2]):
+        _audit_kept(app, request, "deploy", "repeated", "id", service.name, submission.deployment.deploy_id, deploy.image)
     return _answer_submission(app, request, submission, _wait_of(current, wait_s))
+
+
+def _audit_kept(app: App, request: Request, action: str, decision: str, gate: str | None, *about: str | None) -> None:
+    """Keep a request that was let pass and has changed nothing; `about` is service, deploy_id and image."""
+    address = client_address(request, app.current().config.security.trusted_proxies)
+    _audit_unwritten(app, request, address, action, decision, gate, None, about)
 
 
 def _wait_of(current: Current, wait_s: int | None) -> int | None:
@@ -7826,19 +8319,23 @@ class _Done(NamedTuple):
 def _control(app: App, request: Request, action: str, work: Callable[[App, Request, ControlRequest, Trigger], _Done]) -> Response:
     """Do what a control request asks, and publish who asked for what and what came of it, refusals too."""
     assert request.verified
-    target = request.path.split("/")[2]
+    target, mask = request.path.split("/")[2], app.current().keyring.masker.mask_text
     trigger = _trigger_of(app.current(), request, request.verified.key_id)
     try:
         _check_media_type(request)
-        done = work(app, request, parse_control(request.verified, action, target), trigger)
+        control = parse_control(request.verified, action, target)
+        done = work(app, request, control._replace(owner=mask(control.owner), reason=control.reason and mask(control.reason)), trigger)
     except HookshotError as error:
         shown = clip(escape_controls(target), 128)
         deploy_id, service = (shown, None) if CONTROLS[action][0] == "deploy_id" else (None, shown)
+        error.about = (service, deploy_id, None)
         # Whoever has read a deploy on its way can send its signature here: that has no line of its own, so it cannot fill the log.
         if error.reason != "no_timestamp":
             app.publish(Controlled(trigger, action, service, deploy_id, error.kind.code, error.sentence))
         raise
     app.publish(Controlled(trigger, action, done.service, done.deploy_id, "repeated" if done.is_repeated else "done", done.message))
+    if done.is_repeated:
+        _audit_kept(app, request, action, "repeated", "id", done.service, done.deploy_id, None)
     return done.answer()
 
 
@@ -7862,7 +8359,7 @@ def handle_cancel(app: App, request: Request) -> Response:
 
 def _cancel(app: App, request: Request, control: ControlRequest, trigger: Trigger) -> _Done:
     _deployment_for(app, control)
-    deployment, is_repeated = app.engine.cancel(control, f"cancelled, {_asked_by(trigger, control)}")
+    deployment, is_repeated = app.engine.cancel(control, trigger, f"cancelled, {_asked_by(trigger, control)}")
     words = "is stopped" if not deployment.is_terminal else f"has ended as {deployment.state}"
     return _Done(deployment.service, deployment.deploy_id, f"{deployment.service} {deployment.image} {words}", is_repeated,
                  lambda: _answer_cancel(app, request, deployment))
@@ -7932,9 +8429,10 @@ def _deploy_again(app: App, request: Request, control: ControlRequest, trigger: 
         # The digest tells the message that it came with; the body that was made from it is no message.
         deploy = parse_deploy(request.verified._replace(body=body), None)._replace(digest=control.digest)
         check_request(service, deploy)
-        build_plan(service, new_deployment(deploy, trigger, new_deploy_id(now_ms()), now_ms()), current.config.limits, {}, None)
+        with _planning():
+            build_plan(service, new_deployment(deploy, trigger, new_deploy_id(now_ms()), now_ms()), current.config.limits, {}, None)
         submission = app.engine.submit(deploy, trigger, service.on_busy or "queue", reason=f"{words}, {_asked_by(trigger, control)}",
-                                       ignores_lock=ignores_lock)
+                                       ignores_lock=ignores_lock, action=control.action)
     made = submission.deployment
     return _Done(service.name, made.deploy_id, f"{words}: {made.service} {made.image}", not submission.created,
                  lambda: _answer_submission(app, request, submission, wait_s))
@@ -7947,7 +8445,7 @@ def handle_lock(app: App, request: Request) -> Response:
 
 def _lock(app: App, request: Request, control: ControlRequest, trigger: Trigger) -> _Done:
     service = _service_for(app.current(), control.target, control.key_id)
-    return _lock_done(control, service, app.store.lock(control, now_ms()))
+    return _lock_done(control, service, app.store.lock(control, trigger, now_ms()))
 
 
 def handle_unlock(app: App, request: Request) -> Response:
@@ -7957,7 +8455,7 @@ def handle_unlock(app: App, request: Request) -> Response:
 
 def _unlock(app: App, request: Request, control: ControlRequest, trigger: Trigger) -> _Done:
     service = _service_for(app.current(), control.target, control.key_id)
-    return _lock_done(control, service, app.store.unlock(control, now_ms()))
+    return _lock_done(control, service, app.store.unlock(control, trigger, now_ms()))
 
 
 def _lock_done(control: ControlRequest, service: Service, change: LockChange) -> _Done:
@@ -8065,8 +8563,21 @@ def handle_services(app: App, request: Request) -> Response:
     """GET /services"""
     counts = app.store.queue_counts()
     services, locks = app.current().services.by_name, app.store.locks(now_ms())
+    keys = _render_keys(app) if request.query.get("keys", "0") not in ("0", "false") else {}
     return answer(200, {"services": [_render_service(service, app.store.service_record(name), counts.get(name, {}), locks.get(name))
-                                     for name, service in sorted(services.items())]})
+                                     for name, service in sorted(services.items())], **keys})
+
+
+def _render_keys(app: App) -> dict[str, Any]:
+    """Return the keys in force by service, names only, and their last uses; service None: the key signed, but not for a service that is there."""
+    current, uses = app.current(), app.store.key_uses()
+    keys, everywhere = app.signing_keys(current), current.config.security.hmac_keys
+    of_services = [(name, key) for name, service in sorted(current.services.by_name.items())
+                   for key in dict.fromkeys((*everywhere, *service.security.hmac_keys)) if key in keys]
+    rows = [(name, key, uses.get((key, name))) for name, key in of_services] + [(None, key, uses[key, ""]) for key in keys if (key, "") in uses]
+    return {"keys": [{"service": name, "name": key, "last_used_at": render_time(use.at_ms) if use else None, "address": use and use.address,
+                      "request_id": use and use.request_id} for name, key, use in rows],
+            "keys_recorded_since": render_time(int(app.store.marks()["keys_since_ms"]))}
 
 
 def handle_service(app: App, request: Request) -> Response:
@@ -8318,7 +8829,8 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/deployments", "read", handle_deployments, "Deployments, newest first; service, status, unfinished, limit (1-200), cursor."),
     Route("GET", "/events", "read", handle_events, "Every move of every deployment as it happens, as server-sent events; service, after."),
     Route("GET", "/metrics", "read", handle_metrics, "Metrics for Prometheus, as text or as OpenMetrics.", is_limited=False),
-    Route("GET", "/services", "read", handle_services, "Every service: what runs, how the last deployment ended, statistics."),
+    Route("GET", "/requests/{request_id}", "read", handle_request, "Why a signed request of the last 7 days did or did not do what it asked for: the gates it came to."),
+    Route("GET", "/services", "read", handle_services, "Every service: what runs, how the last deployment ended, statistics; ?keys=1 adds the keys in force and their last uses."),
     Route("GET", "/services/{name}", "read", handle_service, "One service."),
     Route("GET", "/health", "open", handle_health, "Whether database, disk and workers are well; 503 if not.", quick=_recent_health, is_limited=False),
     Route("GET", "/ready", "open", handle_ready, "Whether deploys are accepted; 503 while starting or draining.", quick=handle_ready, is_limited=False),
@@ -8936,12 +9448,13 @@ class _Connection:
             if (end := self._find_head_end()) < 0:
                 end = yield from self._await_head()
             head, self._buffer = parse_head(self._buffer[:end]), self._buffer[end + 4 :]
-            length, body = body_length(head, server.max_request_size), b""
+            self.request_id = head.request_id or new_request_id()
+            request = Request(head.method, head.path, head.query, head.headers, b"", self.peer, self.request_id, self._is_gone)
+            length = body_length(head, server.max_request_size)
             is_whole = length is not None and length <= len(self._buffer) and "expect" not in head.headers
             if length and is_whole:
-                body, self._buffer = self._buffer[:length], self._buffer[length:]
-            self.request_id = head.request_id or new_request_id()
-            request = Request(head.method, head.path, head.query, head.headers, body, self.peer, self.request_id, self._is_gone)
+                request = request._replace(body=self._buffer[:length])
+                self._buffer = self._buffer[length:]
             try:
                 route, extra = admit(app, request)
             except HookshotError as error:
@@ -10608,6 +11121,7 @@ class Daemon:
         self.waiters.tell(event)
         self.engine.note(event)
         self.app.feed.note(event)
+        self.app.journal.note(event)
         self.notifier.note(event)
 
     def start(self) -> None:
@@ -10651,6 +11165,7 @@ class Daemon:
         self._housekeeper = self._begin("housekeeper", self._keep_house)
         self._feeder = self._begin("feed", self.app.feed.run)
         self._sender = self._begin("notifier", self.notifier.run)
+        self._recorder = self._begin("journal", self.app.journal.run)
         # What exists now stays for ever: the garbage collector need not look at it again and again.
         gc.freeze()
         self.app.is_ready = True
@@ -10720,6 +11235,9 @@ class Daemon:
         self.waiters.release()
         self._server.close(_CLOSE_S)
         self._reader.join(_READER_PATIENCE_S)
+        # Last: what was refused until now is written too.
+        self.app.journal.stop()
+        self._recorder.join(_SENDER_PATIENCE_S)
         self._parts.close()
         self.publish(Noted("stopped", "hookshot has stopped"))
 
@@ -11714,10 +12232,15 @@ def logs(args: argparse.Namespace) -> int:
 
 
 def services(args: argparse.Namespace) -> int:
-    """List the services and how they are."""
-    found = _client(args).get("/services")
+    """List the services and how they are, or the keys that may sign for them."""
+    found = _client(args).get("/services?keys=1" if args.keys else "/services")
     if args.json:
         _print_json(found)
+    elif args.keys:
+        since = found["keys_recorded_since"]
+        _print_table(("SERVICE", "KEY", "LAST USED", "FROM", "REQUEST"), [
+            (entry["service"] or "(none or unknown)", entry["name"], entry["last_used_at"] or f"never since {since}", entry["address"], entry["request_id"])
+            for entry in found["keys"]])
     else:
         _print_table(("SERVICE", "HEALTH", "IMAGE", "LAST DEPLOYMENT", "STATUS", "WAITING", "RUNNING", "DEPLOYS", "SUCCESS"), [
             (entry["name"] + " (disabled)" * (not entry["enabled"]) + " (locked)" * entry["locked"], entry["health"], entry["current_image"],
@@ -11947,6 +12470,71 @@ def notify_test(args: argparse.Namespace) -> int:
     return EXIT_OK if attempt.outcome == "delivered" else ERRORS["unreachable"].exit
 
 
+# --- audit
+
+
+def explain(args: argparse.Namespace) -> int:
+    """Show which gates a request passed, and which one refused it."""
+    found = _client(args).get(f"/requests/{urllib.parse.quote(args.id, safe='')}")
+    if args.json:
+        _print_json(found)
+        return EXIT_OK
+    for entry in found["requests"]:
+        about = " ".join(word for word in (entry["action"], entry["service"], entry["image"], entry["deploy_id"]) if word)
+        print(escape_controls(f"{entry['at']} {about}, from {entry['address']} with {entry['key_id'] or 'no known key'}: {entry['decision']}"))
+        for gate in entry["gates"]:
+            print(escape_controls(f"  {gate['result']:8} {gate['gate']:12} {gate['rule']}"))
+        if entry["detail"]:
+            print(escape_controls(f"  {entry['detail']}"))
+    return EXIT_OK
+
+
+def audit(args: argparse.Namespace) -> int:
+    """Print the newest rows of the audit, or check that all are as they were written."""
+    path = os.path.join(args.data_dir or _data_dir(args), "state.db")
+    if args.verify:
+        return _verify_audit(args, path)
+    rows = read_audit(path, service=args.service, limit=args.limit)
+    if args.json:
+        _print_json({"rows": [{"n": row.n, "at": render_time(row.at_ms), **row._asdict()} for row in rows]})
+    elif not rows:
+        _say("the audit has no such rows yet")
+    else:
+        _print_table(("ROW", "AT", "ACTION", "DECISION", "SERVICE", "KEY", "FROM", "REQUEST", "WHAT"), [
+            (row.n, render_time(row.at_ms), row.action, row.decision, row.service, row.key_id, row.address, row.request_id,
+             " ".join(word for word in (row.image, row.deploy_id, row.detail) if word)) for row in rows])
+    return EXIT_OK
+
+
+def _data_dir(args: argparse.Namespace) -> str:
+    problems: list[Problem] = []
+    config_path, _ = _paths(args)
+    try:
+        config = load_config(read_text(config_path), config_path, problems)
+    except (OSError, ValueError) as error:
+        raise HookshotError("config", f"{config_path} cannot be read: {getattr(error, 'strerror', None) or error}; name the data directory "
+                                      "with --data-dir") from None
+    if has_errors(problems):
+        raise ConfigError(problems)
+    return config.storage.data_dir
+
+
+def _verify_audit(args: argparse.Namespace, path: str) -> int:
+    found = verify_audit(path, args.head)
+    has_head = args.head is None or found.has_head
+    if args.json:
+        _print_json({**found._asdict(), "has_head": found.has_head if args.head else None, "intact": found.bad is None and has_head})
+    if found.bad is not None:
+        raise HookshotError("audit_broken", f"row {found.bad} of the audit is not as it was written: {found.problem}. What stands before it "
+                                            f"fits; do not rely on the rest, and compare {path} with a backup")
+    if not has_head:
+        raise HookshotError("audit_broken", f"no row of the audit has the hash {clip(escape_controls(args.head), 64)}: rows at its end were removed, or "
+                                            "all was written anew, or that row is not kept any longer; compare it with a backup")
+    if not args.json:
+        print(f"rows {found.first} to {found.last} of the audit fit together; head: row {found.last} {found.hash}" if found.rows else "the audit has no rows yet")
+    return EXIT_OK
+
+
 # --- backup
 
 
@@ -12140,7 +12728,15 @@ COMMANDS: dict[str, CliCommand] = {
     "logs": CliCommand(logs, "print a deployment's log", (
         _argument("id", metavar="ID"), *_TO_SERVER, _argument("-f", "--follow", action="store_true", help="until the deployment ends"),
         _argument("--tail", type=_number(0, MAX_TAIL_LINES), metavar="N", help="only the last N lines"))),
-    "services": CliCommand(services, "list the services and how they are", (*_TO_SERVER, _JSON)),
+    "services": CliCommand(services, "list the services and how they are", (
+        *_TO_SERVER, _JSON, _argument("--keys", action="store_true", help="the keys that may sign for each, by name, and their last uses"))),
+    "explain": CliCommand(explain, "show which gates a request passed, and which one refused it", (_argument("id", metavar="REQUEST_ID"), *_TO_SERVER, _JSON)),
+    "audit": CliCommand(audit, "print the newest rows of this host's audit, or check with verify that all are as they were written", (
+        _argument("verify", nargs="?", choices=("verify",), metavar="verify"), _JSON,
+        _argument("-n", "--limit", type=_number(1, 100_000), default=20, help="how many rows (default 20)"),
+        _argument("--service", metavar="NAME", help="only rows about this service"),
+        _argument("--head", metavar="HASH", help="with verify: a hash noted earlier, which some row must have"),
+        _argument("--data-dir", metavar="DIR", help="where state.db is, if config.toml cannot say it"))),
     "watch": CliCommand(watch, "show services and running deployments as they change", (*_TO_SERVER, _JSON)),
     "notify-test": CliCommand(notify_test, "send a sample notice through a channel and show what the receiver answered", (
         _argument("channel", metavar="CHANNEL"), _JSON)),

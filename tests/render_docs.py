@@ -17,7 +17,7 @@ import hookshot  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- rendered: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Rows of ERRORS that are said on the command line and never leave over HTTP.
-LOCAL_ERRORS = ("bad_archive", "usage", "unreachable", "cannot_write", "in_use", "config")
+LOCAL_ERRORS = ("bad_archive", "usage", "unreachable", "cannot_write", "in_use", "audit_broken", "config")
 
 
 def pages() -> list[pathlib.Path]:

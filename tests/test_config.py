@@ -127,6 +127,7 @@ CONFIG_KEYS = {
     "storage.retention.successful_deploys": (100, 1, 1),
     "storage.retention.failed_deploys": (50, 10000, 10000),
     "storage.retention.log_days": (90, 7, 7),
+    "storage.retention.audit_days": (365, 30, 30),
     "logging.level": ("info", "debug", "debug"),
     "logging.format": ("json", "pretty", "pretty"),
     "logging.directory": ("", "/var/log/hookshot", "/var/log/hookshot"),

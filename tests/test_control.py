@@ -288,7 +288,7 @@ def test_one_that_ran_and_waits_for_its_second_start_leaves_the_health_unknown(t
         waiting, _ = store.move(begun, hookshot.Outcome.RETRIED, "starts over", 3000)
         with contextlib.closing(sqlite3.connect(store.path)) as db, db:
             db.execute("UPDATE services SET health='Healthy'")
-        cancelled, _ = store.cancel(asked("cancel", waiting.deploy_id), "cancelled", 4000)
+        cancelled, _ = store.cancel(asked("cancel", waiting.deploy_id), TRIGGER, "cancelled", 4000)
         assert cancelled.state is hookshot.State.CANCELLED and store.service_record("web").health == "Unknown"
 
 
@@ -297,7 +297,7 @@ def test_what_somebody_wants_cancelled_moves_nowhere_else(tmp_path, outcome):
     with opened(tmp_path) as store:
         submit(store)
         running_one, _ = store.move(store.claim(2000, limits=LIMITS), hookshot.Outcome.PASSED, "on", 2500)
-        noted, _ = store.cancel(asked("cancel", running_one.deploy_id), "by ann", 3000)
+        noted, _ = store.cancel(asked("cancel", running_one.deploy_id), TRIGGER, "by ann", 3000)
         for work in (lambda: store.move(running_one, outcome, "on", 4000), lambda: store.note_progress(running_one)):
             with pytest.raises(hookshot.CancelWanted, match="by ann"):
                 work()
@@ -491,7 +491,7 @@ def test_a_lock_and_an_unlock_that_come_again_change_nothing(tmp_path):
 def test_a_lock_ends_when_its_time_is_over_and_not_when_somebody_sets_the_clock(tmp_path):
     with opened(tmp_path) as store:
         CLOCK["now"] = "boot-1000"
-        lock = store.lock(asked("lock", **{"for": 60}), 1_000_000).lock
+        lock = store.lock(asked("lock", **{"for": 60}), TRIGGER, 1_000_000).lock
         assert lock.until_ms == 1_060_000
         for uptime_ms, wall_ms, is_locked in ((1000, 1_000_000, True), (60_999, 9_000_000_000, True), (60_999, 5, True), (61_000, 5, False),
                                               (61_001, 1_060_001, False)):
@@ -505,7 +505,7 @@ def test_a_lock_ends_when_its_time_is_over_and_not_when_somebody_sets_the_clock(
             submit_at(store, 1_059_999)
         assert submit_at(store, 1_060_000)
         assert store.expire_locks(1_059_999) == () and store.expire_locks(1_060_000) == (lock,) and store.locks(0) == {}
-        store.lock(asked("lock"), 1000)
+        store.lock(asked("lock"), TRIGGER, 1000)
         assert store.expire_locks(10**15) == () and store.locks(10**15)
     CLOCK["now"] = "boot-1000"
 

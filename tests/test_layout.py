@@ -297,7 +297,7 @@ def test_sql_is_written_in_store_alone():
 
 
 def test_nothing_from_outside_is_formatted_into_sql():
-    ours = {"_ACTIVE_SQL", "_COLUMNS", "_MOVE_COLUMNS", "_STATES_SQL", "_TERMINAL_SQL", "clause", "column", "name", "number", "script", "synchronous", "_WAL_KEPT_BYTES"}
+    ours = {"_ACTIVE_SQL", "_AUDIT_COLUMNS", "_COLUMNS", "_MOVE_COLUMNS", "_STATES_SQL", "_TERMINAL_SQL", "clause", "column", "name", "number", "script", "synchronous", "_WAL_KEPT_BYTES"}
     store = next(section.tree for section in SECTIONS if section.name == "STORE")
     inserted = {ast.unparse(value.value) for call in ast.walk(store) if isinstance(call, ast.Call)
                 and isinstance(call.func, ast.Attribute) and call.func.attr.startswith("execute")
@@ -337,7 +337,7 @@ def test_secrets_are_compared_in_constant_time():
 
 # Where work goes on after a bug that no one foresaw; each of them tells it.
 BOUNDARIES = {"Store._carry_out_one", "_Job.carry_out", "Engine._work", "begin", "dispatch", "_Connection._answer_one", "_Connection._go_on",
-              "EventFeed.run", "HttpServer.serve", "Notifier.run", "Notifier._attempt", "Daemon.reload", "Daemon._keep_house", "main"}
+              "EventFeed.run", "HttpServer.serve", "Journal.run", "Notifier.run", "Notifier._attempt", "Daemon.reload", "Daemon._keep_house", "main"}
 # Where something must be undone whatever happens; each of them raises again.
 CLEAN_UPS = {"Store._migrate", "Store._carry_out", "_spawn_nicely.start", "run_command"}
 
