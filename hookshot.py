@@ -3932,6 +3932,7 @@ _LOCKINGS_KEPT = 1000
 # About 300 MB. Accepted requests alone never come near it: these are a thousand a day for almost three years.
 _MAX_AUDIT_ROWS = 1_000_000
 _AUDIT_BATCH = 5000
+_MAX_TRACES = 100
 _DAY_MS = 86_400_000
 # A quarter of what makes SQLite itself checkpoint, in the commit that reaches it: 5 ms on top of 0.3 ms.
 _CHECKPOINT_BYTES = 1 << 20
@@ -4527,10 +4528,11 @@ class Store:
             return self._last_audit(db)
 
     def audit_of(self, request_id: str, since_ms: int) -> tuple[AuditRow, ...]:
-        """Return the rows of the requests with an id, oldest first."""
+        """Return the rows of the requests with an id, oldest first; of very many those that were signed: anyone may choose an id."""
         with self._reader() as db:
-            rows = db.execute(f"SELECT {_AUDIT_COLUMNS} FROM audit WHERE request_id=? AND at_ms >= ? ORDER BY n", (request_id, since_ms)).fetchall()
-        return tuple(map(AuditRow._make, rows))
+            rows = db.execute(f"SELECT {_AUDIT_COLUMNS} FROM audit WHERE request_id=? AND at_ms >= ? ORDER BY key_id IS NULL, n DESC LIMIT ?",
+                              (request_id, since_ms, _MAX_TRACES)).fetchall()
+        return tuple(sorted(map(AuditRow._make, rows), key=lambda row: row.n))
 
     def key_uses(self) -> dict[tuple[str, str], KeyUse]:
         """Return the last uses of keys, by key and service."""
@@ -7573,15 +7575,16 @@ def render_transition(move: Transition) -> bytes:
     return b"id: %d\nevent: deployment\ndata: %b\n" % (move.id, render_json(document))
 
 
-# How many rows of their own the audit gives to refusals, and to whom: by strangers, and by holders of a key. The first number
-# is for one code and one address in a minute; of all together so many may come at once, and then so many a minute.
-class _Allowance(NamedTuple):
+class _RowAllowance(NamedTuple):
+    """How many rows of their own refusals get: for one code and address in a minute; of all at once, and then a minute."""
+
     each: int
     at_once: int
     a_minute: int
 
 
-_AUDIT_ALLOWANCES = {False: _Allowance(3, 100, 1), True: _Allowance(10, 1000, 5)}
+# Of strangers, and of who holds a key: so strangers cannot use up what is his. Without an end of either, a year has room.
+_AUDIT_ALLOWANCES = {False: _RowAllowance(3, 100, 1), True: _RowAllowance(10, 1000, 5)}
 _MINUTE_S, _DAY_S = 60.0, 86_400.0
 _MAX_AUDIT_SOURCES = 1000
 # Sources that the row of a minute's count names.

@@ -173,7 +173,8 @@ def guarded(request, tmp_path_factory):
     config = f'[security]\nread_access = "{request.param}"\n[limits]\nmax_queue_per_service = 10000\n'
     secrets = f"read_token={TOKEN}\nteam_key={TEAM_KEY}\n"
     with running(tmp_path_factory.mktemp(request.param), SCOPED, config, secrets=secrets) as host:
-        names = {"{id}": host.deploy(deploy_id="first"), "{name}": "web"}
+        assert host.post({"service": "web", "image": "app:1", "deploy_id": "first"}, headers={"X-Request-ID": "req-first"}).status == 202
+        names = {"{id}": "first", "{name}": "web", "{request_id}": "req-first"}
         wait_until(lambda: runs(host))
         yield host, request.param, names
 
