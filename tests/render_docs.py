@@ -118,6 +118,15 @@ def render_routes() -> str:
                                                      for route in hookshot.ROUTES])
 
 
+def render_gates() -> str:
+    """Return the rule of each gate, and the order in which each kind of request comes to those behind the ones that all have in common."""
+    orders = hookshot.GATES_OF
+    common = next(number for number, names in enumerate(zip(*orders.values())) if len(set(names)) > 1)
+    rules = render_table(("Gate", "Rule"), [(code(name), rule) for name, rule in hookshot.GATES.items()])
+    return rules + "\n" + render_table(("Request", f"Gates, in their order, after the first {common}"),
+                                       [("dry run" if action == "plan" else action, ", ".join(order[common:])) for action, order in orders.items()])
+
+
 def render_errors() -> str:
     rows = [(kind.http, code(kind.code), f"{kind.title}.", "-" if kind.retry_after_s is None else f"{kind.retry_after_s} s", kind.exit)
             for name, kind in hookshot.ERRORS.items() if name not in LOCAL_ERRORS]
@@ -209,7 +218,7 @@ def render_sections() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "config": render_config, "services": render_services, "command-keys": render_command_keys, "probe-keys": render_probe_keys,
     "channel-keys": render_channel_keys, "channel-types": render_channel_types, "metrics": render_metrics, "log-events": render_log_events,
-    "variables": render_variables, "functions": render_functions, "routes": render_routes, "errors": render_errors,
+    "variables": render_variables, "functions": render_functions, "routes": render_routes, "gates": render_gates, "errors": render_errors,
     "limits": render_limits, "states": render_states, "commands": render_commands, "exits": render_exits, "sections": render_sections}
 
 
