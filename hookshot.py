@@ -8025,7 +8025,7 @@ GATES = {
     "overrides": "allowed_env_overrides of the service",
     "plan": "each command gets all that its placeholders need",
     "accepting": "the server is not shutting down",
-    "lock": "the service is not locked, or by the same owner",
+    "lock": "the service is not locked, or by the same owner, or it is forced",
     "queue": "limits.max_queue_per_service, on_busy of the service",
 }
 _DOOR = ("connection", "length", "address", "rate", "credentials", "transfer", "signature", "timestamp", "media_type", "fields")
@@ -12528,8 +12528,8 @@ def _verify_audit(args: argparse.Namespace, path: str) -> int:
     if args.json:
         _print_json({**found._asdict(), "has_head": found.has_head if args.head else None, "intact": found.bad is None and has_head})
     if found.bad is not None:
-        raise HookshotError("audit_broken", f"row {found.bad} of the audit is not as it was written: {found.problem}. What stands before it "
-                                            f"fits; do not rely on the rest, and compare {path} with a backup")
+        raise HookshotError("audit_broken", f"row {found.bad} of the audit is not as it was written: {found.problem}. Do not rely on it, nor on "
+                                            f"row {found.bad - 1} and those behind; compare {path} with a backup")
     if not has_head:
         raise HookshotError("audit_broken", f"no row of the audit has the hash {clip(escape_controls(args.head), 64)}: rows at its end were removed, or "
                                             "all was written anew, or that row is not kept any longer; compare it with a backup")

@@ -70,9 +70,9 @@ def check_problem(answer: support.Answer, status: int, code: str) -> dict:
 
 # --- who may do what
 
-ROUTES = [(route.method, route.pattern.replace("{id}", "none").replace("{name}", "web"), route.gate) for route in hookshot.ROUTES
+ROUTES = [(route.method, route.pattern.replace("{id}", "none").replace("{request_id}", "none").replace("{name}", "web"), route.gate) for route in hookshot.ROUTES
           if route.pattern != "/events"]  # It has no end; tests/test_events.py asks it for its credential.
-ANSWER_OF_READ = {"/status/none": 404, "/logs/none": 404}
+ANSWER_OF_READ = {"/status/none": 404, "/logs/none": 404, "/requests/none": 404}
 
 
 @pytest.fixture(scope="module", params=["local", "token", "open"])

@@ -389,7 +389,7 @@ CONFIG_RANGES = {
     "server.worker_threads": (1, 64), "server.max_request_size": (1024, 100 * MB), "server.request_timeout": (1, None),
     "server.shutdown_timeout": (0, None),
     "server.max_connections": (1, None), "security.rate_limit": (0, 10000), "security.replay_window": (1, None), "storage.retention.successful_deploys": (1, 10000),
-    "storage.retention.failed_deploys": (1, 10000), "storage.retention.log_days": (1, 10000),
+    "storage.retention.failed_deploys": (1, 10000), "storage.retention.log_days": (1, 10000), "storage.retention.audit_days": (7, 10000),
     "limits.max_concurrent_total": (1, 1000),
     "limits.max_concurrent_per_service": (1, 100), "limits.max_queue_per_service": (1, None),
     "limits.deployment_timeout": (1, None),
