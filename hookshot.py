@@ -409,19 +409,31 @@ _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class ListenAddress(NamedTuple):
-    """Where the server listens: a host ("" = every address of this host) and a port (0 = any free one), or a socket's path."""
+    """Where the server listens: a host ("" = every address of this host) and a port (0 = any free one), or a socket's path.
+
+    `name`: the name of a socket that systemd passes; `fd`: its descriptor, once it is there and the rest is known.
+    """
 
     host: str
     port: int
     path: str = ""
+    name: str = ""
+    fd: int = -1
 
     def __str__(self) -> str:
+        if self.is_awaited:
+            return f"systemd:{self.name}"
         return f"unix:{self.path}" if self.path else f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether this is but the name of a socket that is to be passed."""
+        return bool(self.name) and self.fd < 0
 
     @property
     def is_everywhere(self) -> bool:
         """Whether this is every address of the host (of one kind)."""
-        return not self.path and self.host in _EVERYWHERE
+        return not self.path and not self.is_awaited and self.host in _EVERYWHERE
 
     def url(self, *, is_tls: bool) -> str:
         """Return the URL under which a client on this host reaches the server."""
@@ -433,8 +445,14 @@ class ListenAddress(NamedTuple):
 _MAX_SOCKET_PATH_BYTES = 107
 
 
+# What FileDescriptorName= may hold, as far as it is no port: "systemd:80" is a host.
+_PASSED_NAME = re.compile(r"systemd:([A-Za-z_][A-Za-z0-9_.@-]{0,254})", re.ASCII)
+
+
 def parse_listen(value: object) -> ListenAddress:
-    """Return the parts of "127.0.0.1:8080", "[::1]:8080", ":8080" (every address of this host) or "unix:/path"."""
+    """Return the parts of "127.0.0.1:8080", "[::1]:8080", ":8080" (every address of this host), "unix:/path" or "systemd:NAME"."""
+    if isinstance(value, str) and (match := _PASSED_NAME.fullmatch(value)):
+        return ListenAddress("", 0, name=match[1])
     if isinstance(value, str) and re.fullmatch(r"unix:/[^\0]+", value):
         path = value.removeprefix("unix:")
         if len(path.encode()) > _MAX_SOCKET_PATH_BYTES:
@@ -442,7 +460,7 @@ def parse_listen(value: object) -> ListenAddress:
         return ListenAddress("", 0, path)
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", value, re.ASCII) if isinstance(value, str) else None
     if not match or int(match[3]) > 65535:
-        raise ValueError(f"{render_value(value)} is not host:port; write \"127.0.0.1:8080\", \":8080\", \"[::1]:8080\" or \"unix:/path\"")
+        raise ValueError(f"{render_value(value)} is not host:port; write \"127.0.0.1:8080\", \":8080\", \"[::1]:8080\", \"unix:/path\" or \"systemd:NAME\"")
     return ListenAddress(match[1] or match[2] or "", int(match[3]))
 
 
@@ -896,7 +914,7 @@ def _parse_listen_list(value: Any, place: Place) -> tuple[ListenAddress, ...]:
         return (parse_listen(value),)
     entries = _list(_LISTEN, 1, 16).parse(value, place)
     for index, entry in enumerate(entries):
-        if entry is not None and (entry.port or entry.path) and entry in entries[:index]:
+        if entry is not None and (entry.port or entry.path or entry.name) and entry in entries[:index]:
             place.at(index).problem(f"{entry} is here twice")
     return entries
 
@@ -907,7 +925,7 @@ def _parse_mode(value: Any, place: Place) -> int:
     raise ValueError(f"{render_value(value)} is not a mode with which its owner can use it; write it as text, \"0660\"")
 
 
-_LISTEN = Check('host:port or unix:/path', lambda value, place: parse_listen(value))
+_LISTEN = Check('host:port, unix:/path or systemd:NAME', lambda value, place: parse_listen(value))
 
 
 class Tls(NamedTuple):
@@ -921,7 +939,7 @@ class Tls(NamedTuple):
 class Server(NamedTuple):
     """[server]"""
 
-    listen: tuple[ListenAddress, ...] = key("127.0.0.1:8080", Check("host:port, unix:/path, or a list of these", _parse_listen_list),
+    listen: tuple[ListenAddress, ...] = key("127.0.0.1:8080", Check("host:port, unix:/path, systemd:NAME, or a list of these", _parse_listen_list),
                                             "where to listen; \":8080\" is every address of this host")
     socket_mode: int = key("0660", Check('octal text such as "0660"', _parse_mode), "mode of unix sockets")
     worker_threads: int = key(4, _integer(1, 64), "deployments carried out at once")
@@ -1425,9 +1443,14 @@ def _parse_toml(text: str, file: str, problems: list[Problem]) -> dict[str, Any]
         return {}
 
 
-def load_config(text: str, file: str, problems: list[Problem]) -> Config:
-    """Return the parsed config.toml; what is wrong with it is added to `problems`."""
-    config = _load_table(Config, _parse_toml(text, file, problems), Place(file, "", problems))
+def load_config(text: str, file: str, problems: list[Problem], places: Mapping[str, str] = {}) -> Config:
+    """Return the parsed config.toml; what is wrong with it is added to `problems`. `places` holds for keys that it leaves out."""
+    raw = _parse_toml(text, file, problems)
+    for path, value in places.items():
+        table, _, name = path.partition(".")
+        if isinstance(raw.setdefault(table, {}), dict):
+            raw[table].setdefault(name, value)
+    config = _load_table(Config, raw, Place(file, "", problems))
     tls, place = config.server.tls, Place(file, "server.tls", problems)
     for name in ("cert", "key"):
         if any(tls) and not getattr(tls, name) and not any(problem.path == f"server.tls.{name}" for problem in problems):
@@ -3148,6 +3171,34 @@ def await_change(path: str, mark: FileMark | None, deadline_s: float) -> None:
         time.sleep(0.01)
 
 
+DEFAULT_CONFIG = "/etc/hookshot/config.toml"
+
+
+def _own_folder(kind: str, default: str) -> str:
+    """Return where hookshot's files of one kind are for an ordinary user (XDG base directories; a relative path counts as none)."""
+    base = os.environ.get(f"XDG_{kind}_HOME", "")
+    return os.path.join(base if base.startswith("/") else os.path.expanduser(default), "hookshot")
+
+
+def find_config() -> str:
+    """Return the config.toml of who names none: in the unit's ConfigurationDirectory=, an ordinary user's own if it is there, else the host's."""
+    if folder := os.environ.get("CONFIGURATION_DIRECTORY", "").partition(":")[0]:
+        return os.path.join(folder, "config.toml")
+    own = os.path.join(_own_folder("CONFIG", "~/.config"), "config.toml")
+    return own if os.geteuid() and os.path.isfile(own) else DEFAULT_CONFIG
+
+
+def default_places(config_path: str) -> dict[str, str]:
+    """Return what holds for paths that a config.toml does not name: the directories of the unit (systemd.exec(5)), or of a user for his own file."""
+    folder, places = os.path.dirname(config_path), {}
+    if folder == _own_folder("CONFIG", "~/.config"):
+        places = {"storage.data_dir": _own_folder("STATE", "~/.local/state"), "secrets.secrets_file": os.path.join(folder, "secrets")}
+    for name, key, file in (("STATE", "storage.data_dir", ""), ("LOGS", "logging.directory", ""), ("CONFIGURATION", "secrets.secrets_file", "secrets")):
+        if path := os.environ.get(f"{name}_DIRECTORY", "").partition(":")[0]:
+            places[key] = os.path.join(path, file) if file else path
+    return places
+
+
 class FolderLock:
     """The kernel's lock on a data directory: held while this process lives, gone with it, however it ends."""
 
@@ -3422,6 +3473,7 @@ LOG_EVENTS: dict[str, str] = {
     "notice_expired": "a notice could not be delivered in time and is given up",
     "notices_failed": "the outbox cannot be worked on",
     "notices_dropped": "notices for a channel that is gone, or too many for one that takes none",
+    "stuck": "a part of the server has stopped or the database does not answer; systemd's watchdog is not told that all is well",
     "housekeeping_failed": "keeping house failed and will be tried again",
     "log_lost": "how many lines could not be written before this one",
     "log_file_failed": "the file in logging.directory cannot be written",
@@ -9239,6 +9291,8 @@ class _Connection:
         self.deadline = 0.0
         self.has_place = False
         self.is_queued = False
+        # Whether a request may be on its way that has had no answer; and whether the client rests between two requests.
+        self.is_owed, self.is_idle = True, False
         self.request_id: str | None = None
         self._server, self._app = server, server.app
         self._link, self._is_tls = link, False
@@ -9346,6 +9400,13 @@ class _Connection:
             self._link.close()
             self._server.forget(self)
 
+    def leave(self) -> None:
+        """Close it if it is idle, after a last look whether a request has come."""
+        if self.is_idle:
+            self.turn()
+        if self.is_idle:
+            self.close()
+
     @property
     def is_away(self) -> bool:
         """Whether a request's thread owns the connection."""
@@ -9392,12 +9453,13 @@ class _Connection:
             yield from self._greet(context, self._app.current().config.server.request_timeout)
         while (yield from self._answer_one()):
             self._let_go()
+            self.is_owed = False
         if self._buffer or self._has_unread():
             yield from self._linger()
 
     def _is_last(self, head: _Head) -> bool:
         """Return whether the connection ends with this request: also when its client shook hands by what is no longer in force."""
-        return self._app.is_closing or head.wants_close or (self._context is not None and self._context is not self._app.current().tls)
+        return self._app.is_closing or self._server.is_leaving or head.wants_close or (self._context is not None and self._context is not self._app.current().tls)
 
     def _greet(self, context: Any, patience_s: float) -> _Conversation:
         """Shake hands for TLS, or tell a client that does not speak it."""
@@ -9439,9 +9501,12 @@ class _Connection:
         self._is_in_request, self._began = False, 0.0
         if not self._buffer:
             self.deadline = time.monotonic() + min(_IDLE_TIMEOUT_S, server.request_timeout)
+            self.is_idle = not self.is_owed
             self._buffer = yield _READ
+            self.is_idle = False
             if not self._buffer:
                 return False
+        self.is_owed = True
         self._began = time.monotonic()
         self.deadline = self._began + server.request_timeout
         self._is_in_request = self._may_skip = True
@@ -9499,6 +9564,7 @@ class _Connection:
 
     def _follow(self, feed: Feed, *, is_chunked: bool) -> _Conversation:
         """Send what comes in a feed for as long as the client takes it. The connection ends with that."""
+        self.is_owed = False
         try:
             self._server.followers.add(self)
             silent_s = time.monotonic()
@@ -9668,7 +9734,7 @@ class _Connection:
 
     def _linger(self) -> _Conversation:
         """Read on for a moment: closing with unread data would reset the connection and the answer with it."""
-        self._is_in_request = False
+        self._is_in_request = self.is_owed = False
         self.deadline, taken = time.monotonic() + _LINGER_S, 0
         self._end_tls()
         self._link.shutdown(socket.SHUT_WR)
@@ -9702,6 +9768,7 @@ class _Connection:
             if is_large and head.method != "HEAD":
                 self._link.sendall(response.body)
             if response.stream is not None and head.method != "HEAD":
+                self.is_owed = False
                 self._send_stream(response.stream, is_chunked=head.is_http_1_1, is_last=response.feed is None)
                 self._feed = response.feed
             self._closes = closes or self._feed is not None
@@ -9757,8 +9824,17 @@ class Listener(http.server.ThreadingHTTPServer):
         self.listen, self.is_tcp, self.address_family = listen, not listen.path, family
         self._server, self._app = server, server.app
         self._inode = 0
-        super().__init__(listen.path or (listen.host, listen.port), http.server.BaseHTTPRequestHandler)  # type: ignore[arg-type]
+        super().__init__(listen.path or (listen.host, listen.port), http.server.BaseHTTPRequestHandler, listen.fd < 0)  # type: ignore[arg-type]
+        if listen.fd >= 0:
+            self._adopt()
         self.socket.setblocking(False)
+
+    def _adopt(self) -> None:
+        """Take the socket that was passed. Who passed it binds, listens and cleans up; what waits there outlives this server."""
+        self.socket.close()
+        self.socket = socket.socket(fileno=self.listen.fd)
+        if self.is_tcp:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as in server_bind
 
     def server_bind(self) -> None:
         """Bind the socket."""
@@ -9819,8 +9895,63 @@ class Listener(http.server.ThreadingHTTPServer):
         self._app.publish(Trouble("answer_broken", error.sentence, request_id=request.request_id) if isinstance(error, HookshotError) else Broken("answer", error, request.request_id))
 
 
+# The first descriptor after stdin, stdout and stderr (SD_LISTEN_FDS_START of sd_listen_fds(3)).
+_FIRST_PASSED = 3
+
+
+def take_passed(environ: Any) -> tuple[ListenAddress, ...]:
+    """Return the sockets that systemd passed to this process (sd_listen_fds(3)), and take what says so out of `environ`.
+
+    HookshotError tells of one that no client can come by. At start only: later the descriptors may be others.
+    """
+    pid, number, names, _ = (environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"))
+    if pid != str(os.getpid()):
+        return ()
+    if not re.fullmatch("[0-9]{1,4}", number, re.ASCII):
+        raise HookshotError("config", f"LISTEN_FDS={clip(escape_controls(number), 20)} is not the number of the sockets that were passed")
+    named = names.split(":") if names else ["unknown"] * int(number)
+    if len(named) != int(number):
+        raise HookshotError("config", f"LISTEN_FDS says that {number} sockets were passed, but LISTEN_FDNAMES names {len(named)}")
+    return tuple(_look_at_passed(fd, escape_controls(name)) for fd, name in enumerate(named, _FIRST_PASSED))
+
+
+def _look_at_passed(fd: int, name: str) -> ListenAddress:
+    """Return where a socket listens that was passed, and keep it from children; HookshotError if it does not."""
+    what = f"descriptor {fd} ({name}), which systemd passed,"
+    try:
+        link = socket.socket(fileno=fd)
+    except OSError:
+        raise HookshotError("config", f"{what} is no socket; pass sockets alone, with a socket unit") from None
+    try:
+        if link.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX) or link.type != socket.SOCK_STREAM:
+            raise HookshotError("config", f"{what} is no stream socket of TCP or unix; write ListenStream= with a port, an address or a path in the socket unit")
+        if not link.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise HookshotError("config", f"{what} does not listen; write Accept=no in the socket unit")
+        os.set_inheritable(fd, False)
+        address = link.getsockname()
+    finally:
+        link.detach()
+    if link.family == socket.AF_UNIX:
+        # An abstract one, whose name begins with NUL, comes as bytes.
+        path = address.decode("utf-8", "replace").replace("\0", "@", 1) if isinstance(address, bytes) else address
+        return ListenAddress("", 0, path or "@", name, fd)
+    return ListenAddress(address[0], address[1], name=name, fd=fd)
+
+
+def place_passed(listen: tuple[ListenAddress, ...], passed: Sequence[ListenAddress], place: Place) -> tuple[ListenAddress, ...]:
+    """Return where to listen: "systemd:NAME" is what was passed by that name; without such an entry, what was passed takes the place of all."""
+    awaited = {address.name for address in listen if address.name}
+    if not awaited:
+        return tuple(passed) or listen
+    for name in sorted(awaited - {address.name for address in passed}):
+        place.problem(f"systemd passed no socket named {name}; start hookshot by its socket unit, with FileDescriptorName={name} there")
+    for name in sorted({address.name for address in passed} - awaited):
+        place.problem(f'systemd passed a socket named {name} that is not in the list; add "systemd:{name}", or take it out of the socket unit')
+    return tuple(found for address in listen for found in ([one for one in passed if one.name == address.name] if address.name else [address]))
+
+
 class HttpServer:
-    """All listeners and connections. serve() in a thread of its own; close() from another one."""
+    """All listeners and connections. serve() in a thread of its own; stop_accepting() and close() from another one."""
 
     def __init__(self, app: App):
         self.app = app
@@ -9837,6 +9968,10 @@ class HttpServer:
         self.followers: set[_Connection] = set()
         self._has_news = False
         self._is_closing = False
+        # No new connections are taken any more, and those that are open end with their next answer.
+        self.is_leaving, self._has_left = False, False
+        # When the reading thread has last looked at the deadlines: it does so four times a second.
+        self.turned_s = time.monotonic()
         self._accepts_again_at: float | None = None
         self._told_shortage_s = -_SHORTAGE_TOLD_S
         self._wake_read, self._wake_write = socket.socketpair()
@@ -9872,6 +10007,8 @@ class HttpServer:
                     key.data()
                 while self._returned:
                     self._returned.popleft().come_back()
+                if self.is_leaving and not self._has_left:
+                    self._leave()
                 if self._has_news:
                     self._has_news = False
                     for connection in tuple(self.followers):
@@ -9893,6 +10030,23 @@ class HttpServer:
                 self.app.publish(Broken("server", error))
                 time.sleep(_TURN_S)  # a bug that comes again at once must not fill the log
         self._end()
+
+    def stop_accepting(self, patience_s: float) -> None:
+        """Leave new connections to who else holds the sockets, and answer those that came before, for so long at most. Not serve()'s thread."""
+        self.is_leaving = True
+        self._wake_up()
+        deadline = time.monotonic() + patience_s
+        while not (self._has_left and not any(connection.is_owed for connection in tuple(self._connections))) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _leave(self) -> None:
+        if self._accepts_again_at is None:
+            for listener in self.listeners:
+                self._selector.unregister(listener)
+        self._accepts_again_at, self._has_left = float("inf"), True
+        # Whoever rests there comes by a new connection the next time, and that one waits in the kernel.
+        for connection in tuple(self._connections):
+            connection.leave()
 
     def close(self, patience_s: float) -> None:
         """Stop serving; requests in threads have that long to end. Any thread but serve()'s."""
@@ -10027,6 +10181,7 @@ class HttpServer:
 
     def _sweep(self, now: float) -> None:
         """End what is beyond its deadline."""
+        self.turned_s = now
         for connection in [connection for connection in self._connections if connection.deadline < now and not connection.is_away]:
             connection.expire()
         if self._accepts_again_at is not None and now >= self._accepts_again_at:
@@ -10156,7 +10311,7 @@ def gather(config_path: str, services_path: str, *, has_secrets: bool, has_logs:
         text = contents["config.toml"].decode("utf-8-sig")
     except UnicodeDecodeError:
         raise HookshotError("config", f"{config_path} cannot be read: is not UTF-8") from None
-    config = load_config(text, config_path, problems)
+    config = load_config(text, config_path, problems, default_places(config_path))
     if any(not problem.is_warning for problem in problems):
         raise ConfigError(problems)
     secrets_text = None
@@ -10573,13 +10728,13 @@ class _Import:
         config_path, services_path = self._paths
         self.warnings.clear()
         try:
-            archived, problems = _parse_config(self._texts["config.toml"], "config.toml of the archive")
+            archived, problems = _parse_config(self._texts["config.toml"], "config.toml of the archive", config_path)
         except UnicodeDecodeError:
             raise _bad("the archive's config.toml is not UTF-8") from None
         try:
             # An import that died between the two renames of config.toml, its last: the old one still says where the journal is.
             is_between = os.path.lexists(f"{config_path}.new") and not os.path.lexists(config_path)
-            present, broken = _parse_config(_read_whole(f"{config_path}.bak" if is_between else config_path, _LARGEST["config.toml"]), config_path)
+            present, broken = _parse_config(_read_whole(f"{config_path}.bak" if is_between else config_path, _LARGEST["config.toml"]), config_path, config_path)
             why = "is broken"
         except (OSError, ValueError) as error:
             present, broken, why = None, (), "is not there" if isinstance(error, FileNotFoundError) else "cannot be read"
@@ -10733,10 +10888,10 @@ def _bad(what: str) -> HookshotError:
     return HookshotError("bad_archive", f"{what}; nothing was changed")
 
 
-def _parse_config(content: bytes, file: str) -> tuple[Config, tuple[Problem, ...]]:
-    """Return a config.toml and what is wrong with it; ValueError if it is no text."""
+def _parse_config(content: bytes, file: str, config_path: str) -> tuple[Config, tuple[Problem, ...]]:
+    """Return the config.toml that is or will be at a path, and what is wrong with it; ValueError if it is no text."""
     problems: list[Problem] = []
-    config = load_config(content.decode("utf-8-sig"), file, problems)
+    config = load_config(content.decode("utf-8-sig"), file, problems, default_places(config_path))
     return config, tuple(problem for problem in problems if not problem.is_warning)
 
 
@@ -10844,6 +10999,13 @@ _CLOSE_S = 0.3
 _SENDER_PATIENCE_S = 3.0
 # A turn of the reading thread takes milliseconds; what keeps it longer must not keep the server from ending.
 _READER_PATIENCE_S = 5.0
+# With sockets that systemd keeps: for requests that came just before the end. Most take milliseconds.
+_LEAVE_S = 2.0
+# What follows shutdown_timeout: ending processes, sending notices, closing. And how long each word of it holds good for the service manager.
+_END_S, _EXTENSION_S = 30.0, 15
+_REPORT_TURN_S = 1.0
+# Longer than any turn takes: that of the housekeeper may wait for a reload and a command that brings secrets (30 s each).
+_READER_STUCK_S, _HOUSE_STUCK_S = 30.0, 120.0
 
 
 class Settings(NamedTuple):
@@ -10855,7 +11017,7 @@ class Settings(NamedTuple):
 
 def read_settings(config_path: str, services_path: str, problems: list[Problem]) -> Settings:
     """Read both files; everything wrong with them is added to `problems`."""
-    config = load_config(_read_file(config_path, problems), config_path, problems)
+    config = load_config(_read_file(config_path, problems), config_path, problems, default_places(config_path))
     return Settings(config, load_services(_read_file(services_path, problems), services_path, config, problems))
 
 
@@ -10924,7 +11086,7 @@ _OTHER_DESCRIPTORS = 100
 
 def _check_server(config: Config, place: Place) -> None:
     server, is_plain = config.server, not config.server.tls.cert and not config.security.trusted_proxies
-    for listen in server.listen:
+    for listen in (address for address in server.listen if not address.name):
         folder = os.path.dirname(listen.path)
         if listen.path and not os.path.isdir(folder):
             (place / "listen").problem(f"{folder} does not exist; create it (RuntimeDirectory= in a unit)")
@@ -11069,6 +11231,60 @@ _LISTEN_ADVICE = {
     errno.EEXIST: "remove what is there, or choose another path in server.listen"}
 
 
+class ServiceManager:
+    """Whoever started this process and wants to know how it is: systemd (sd_notify(3)). Nothing here waits or fails. Any thread."""
+
+    _MAX_UNSENT = 8
+
+    def __init__(self, environ: Any):
+        """Take what says where to tell it out of `environ`: a command that inherited it would speak in the server's name."""
+        address, period_us, pid = (environ.pop(name, "") for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"))
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self.is_there = self._address[:1] in ("/", "\0")
+        is_watched = self.is_there and re.fullmatch("[1-9][0-9]{0,15}", period_us, re.ASCII) and pid in ("", str(os.getpid()))
+        self.watchdog_s = int(period_us) / 1_000_000 if is_watched else None
+        self._lock = threading.Lock()
+        self._unsent: collections.deque[bytes] = collections.deque(maxlen=self._MAX_UNSENT)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def tell(self, *lines: str) -> None:
+        """Tell of a stage of the server's life; what cannot be sent now is sent first the next time."""
+        with self._lock:
+            self._unsent.append("\n".join(lines).encode())
+            self._send_all()
+
+    def tell_now(self, *lines: str) -> bool:
+        """Tell what is of no use later; return whether it was sent."""
+        with self._lock:
+            self._send_all()
+            return self._send("\n".join(lines).encode())
+
+    def _send_all(self) -> None:
+        while self._unsent and self._send(self._unsent[0]):
+            self._unsent.popleft()
+
+    def _send(self, content: bytes) -> bool:
+        with contextlib.suppress(OSError):
+            return self.is_there and self._socket.sendto(content, self._address) > 0
+        return False
+
+
+def describe_work(running: Sequence[Deployment], waiting: int, services: int) -> str:
+    """Return in a few words what a server does: "deploying web, step 2 of 5, 1 queued"."""
+    queued = f", {waiting} queued" * bool(waiting)
+    if not running:
+        return f"{waiting} queued" if waiting else f"idle, {services} service{'s' * (services != 1)}"
+    if len(running) > 1:
+        return f"{len(running)} deployments run{queued}"
+    [deployment] = running
+    step = f", step {deployment.step} of {deployment.steps_total}" if deployment.step else ""
+    return f"{_DOINGS[deployment.state]} {deployment.service}{step}{queued}"
+
+
+_DOINGS = {State.VALIDATING: "preparing", State.DEPLOYING: "deploying", State.HEALTH_CHECKING: "checking", State.ROLLING_BACK: "rolling back"}
+
+
 class Daemon:
     """One server: its parts, built together. start(), then stop(); run() does both around the signals."""
 
@@ -11078,6 +11294,7 @@ class Daemon:
         self._paths, self._override = (config_path, services_path), override
         self._surroundings: SecretSurroundings | None = None
         self._environ = environ
+        self._manager, self.passed = ServiceManager(environ), take_passed(environ)
         self.warnings: tuple[Problem, ...] = ()
         self._current = self._load()
         self.log = Log()
@@ -11085,7 +11302,8 @@ class Daemon:
         self.signals = signals or Signals()
         self.waiters, self.metrics = Waiters(), Metrics()
         self._parts = contextlib.ExitStack()
-        self._house_stop = threading.Event()
+        self._house_stop, self._report_stop = threading.Event(), threading.Event()
+        self._house_turned_s, self._told, self._told_s, self._ends_by_s = 0.0, "", 0.0, 0.0
         # Held while files and secrets are read: a slow reading must not put back what a later one has replaced.
         self._reload_lock = threading.Lock()
         self._record = ReloadRecord(os.getpid(), _own_ticks(os.getpid()), config_path, services_path)
@@ -11102,7 +11320,9 @@ class Daemon:
         if self._surroundings is None:
             self._surroundings = SecretSurroundings.take(self._environ, settings.config.secrets.secret_prefix or "HOOKSHOT_")
         if not has_errors(problems):
-            settings = settings._replace(config=self._override(settings.config))
+            config = self._override(settings.config)
+            listen = place_passed(config.server.listen, self.passed, Place(self._paths[0], "server.listen", problems))
+            settings = settings._replace(config=config._replace(server=config.server._replace(listen=listen)))
             check_host(settings, *self._paths, self._environ, problems)
             keyring = load_keyring(*settings, self._surroundings, self._paths[0], problems)
             check_channels(settings.config.notifications, keyring.values, Place(self._paths[0], "notifications", problems))
@@ -11157,7 +11377,8 @@ class Daemon:
             self._listen(address)
         is_tls = self._current.tls is not None
         self.urls = [listener.listen.url(is_tls=is_tls and listener.is_tcp) for listener in self._server.listeners]
-        shown = [url + " (all addresses)" * listener.listen.is_everywhere for url, listener in zip(self.urls, self._server.listeners)]
+        shown = [url + " (all addresses)" * listener.listen.is_everywhere + " (from systemd)" * bool(listener.listen.name)
+                 for url, listener in zip(self.urls, self._server.listeners)]
         self._reader = self._begin("reader", self._server.serve)
         # What recovery ends is told, also where notifications are on for the first time.
         self.notifier.prepare()
@@ -11176,6 +11397,10 @@ class Daemon:
         self._write_record(at=render_time(now_ms()))
         self._parts.callback(self._remove_record)
         self.publish(Noted("started", f"hookshot {__version__} listens on {' and '.join(shown)}, {self._count_services()}"))
+        self._house_turned_s = time.monotonic()
+        self._told = self._describe()
+        self._manager.tell("READY=1", f"STATUS={self._told}")
+        self._reporter = self._begin("reporter", self._keep_reporting)
 
     def _restore_metrics(self, store: Store) -> None:
         """Have the metrics go on from what is stored."""
@@ -11214,6 +11439,11 @@ class Daemon:
     def stop(self) -> None:
         """Shut down: drain, wait, stop, close. A second signal meanwhile stops what runs at once."""
         self.app.is_ready = False
+        self._ends_by_s = time.monotonic() + self._current.config.server.shutdown_timeout + _END_S
+        self._manager.tell("STOPPING=1")
+        if self.passed:
+            # Who comes from now on waits in the kernel for the next server; who came before is not refused.
+            self._server.stop_accepting(_LEAVE_S)
         self.engine.drain()
         self.publish(Noted("draining", f"shutting down; running deployments get {self._current.config.server.shutdown_timeout} s"))
         deadline = time.monotonic() + self._current.config.server.shutdown_timeout
@@ -11238,6 +11468,8 @@ class Daemon:
         self.waiters.release()
         self._server.close(_CLOSE_S)
         self._reader.join(_READER_PATIENCE_S)
+        self._report_stop.set()
+        self._reporter.join(_CLOSE_S)
         # Last: what was refused until now is written too.
         self.app.journal.stop()
         self._recorder.join(_SENDER_PATIENCE_S)
@@ -11262,6 +11494,7 @@ class Daemon:
     def reload(self) -> bool:
         """Read files and secrets again and swap them whole; keep the old ones if anything is wrong with the new."""
         with self._reload_lock:
+            self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(time.monotonic() * 1_000_000)}")
             try:
                 return self._reload()
             except Exception as error:
@@ -11269,6 +11502,8 @@ class Daemon:
                 self._mark_stale("configuration")
                 self._write_record(outcome="refused", problems=(Problem(self._paths[0], "", "the server made a mistake; its log has more"),))
                 return False
+            finally:
+                self._manager.tell("READY=1")
 
     def _reload(self) -> bool:
         self._write_record(number=self._record.number + 1, outcome="reading", at=render_time(now_ms()), changes=(), pending=(), problems=())
@@ -11428,6 +11663,7 @@ class Daemon:
         secrets_at = time.monotonic()
         return_memory()
         while not self._house_stop.wait(_HOUSE_TURN_S):
+            self._house_turned_s = time.monotonic()
             try:
                 # First: a disk that keeps the house from being kept must not keep the log quiet too.
                 for code, address, number in self._throttle.take(time.monotonic()):
@@ -11442,6 +11678,50 @@ class Daemon:
                 self.publish(Trouble("housekeeping_failed", f"keeping house failed and will be tried again: {error}"))
             except Exception as error:
                 self.publish(Broken("housekeeper", error))
+
+    # --- what the service manager is told
+
+    def _keep_reporting(self) -> None:
+        pause_s = min(_REPORT_TURN_S, (self._manager.watchdog_s or _REPORT_TURN_S) / 3)
+        while self._manager.is_there and not self._report_stop.wait(pause_s):
+            try:
+                self.report(time.monotonic())
+            except Exception as error:
+                self.publish(Broken("reporter", error))
+
+    def report(self, now_s: float) -> None:
+        """Tell the service manager what goes on, if that has changed; that all is well, only if it is; and how long an end may take yet."""
+        lines = []
+        try:
+            # The database's proof. If it hangs, this thread hangs here, and the watchdog hears nothing.
+            status = self._describe()
+            if stuck := "" if self._ends_by_s else self._find_stuck(now_s):
+                status = f"stuck: {stuck}"
+        except HookshotError as error:
+            status = stuck = f"the database does not answer: {error.sentence}"
+        if self._manager.watchdog_s and not self._ends_by_s and not stuck:
+            lines.append("WATCHDOG=1")
+        if now_s < self._ends_by_s:
+            lines.append(f"EXTEND_TIMEOUT_USEC={_EXTENSION_S * 1_000_000}")
+        is_news = status != self._told and now_s - self._told_s >= _REPORT_TURN_S
+        if is_news:
+            lines.append(f"STATUS={status}")
+        if stuck and is_news:
+            self.publish(Trouble("stuck", f"{status}; the service manager is not told that all is well, and its watchdog will end this server"))
+        if lines and self._manager.tell_now(*lines) and is_news:
+            self._told, self._told_s = status, now_s
+
+    def _describe(self) -> str:
+        counts = self.app.store.queue_counts()
+        active, waiting = (sum(count[kind] for count in counts.values()) for kind in ("active", "queued"))
+        words = describe_work(self.app.store.unfinished() if active else (), waiting, len(self._current.services.by_name))
+        return f"shutting down; {words}" if self._ends_by_s else words
+
+    def _find_stuck(self, now_s: float) -> str:
+        """Return the names of threads that have ended or do not turn any more; empty if there are none."""
+        turned = {self._reader: (self._server.turned_s, _READER_STUCK_S), self._housekeeper: (self._house_turned_s, _HOUSE_STUCK_S)}
+        stuck = [thread.name for thread, (turned_s, limit_s) in turned.items() if not thread.is_alive() or now_s - turned_s > limit_s]
+        return ", ".join(stuck + ["workers"] * (self.engine.alive_workers() < self._current.config.server.worker_threads))
 
 
 # === 22. CLIENT =======================================================================================================
@@ -11824,7 +12104,6 @@ def wait_for_outcome(ask: Ask, deadline: float) -> Mapping[str, Any] | None:
 # 1. Data goes to stdout, talk to stderr.
 # 2. Every failure is one plain sentence and an exit status from ERRORS; a trace only with --log-level debug.
 
-DEFAULT_CONFIG = "/etc/hookshot/config.toml"
 # Between two looks of `watch`, and how many moves it shows.
 _WATCH_TURN_S, _BOARD_MOVES = 1.0, 20
 # They can stand in texts only.
@@ -11860,7 +12139,7 @@ def _table_lines(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> l
 
 def _paths(args: argparse.Namespace) -> tuple[str, str]:
     """Return both files; services.toml is looked for beside config.toml unless it is named."""
-    config = args.config or os.environ.get("HOOKSHOT_CONFIG") or DEFAULT_CONFIG
+    config = args.config or os.environ.get("HOOKSHOT_CONFIG") or find_config()
     services = args.services_file or os.environ.get("HOOKSHOT_SERVICES") or os.path.join(os.path.dirname(os.path.abspath(config)), "services.toml")
     return os.path.abspath(config), os.path.abspath(services)
 
@@ -11881,7 +12160,7 @@ def _overrides(args: argparse.Namespace) -> Callable[[Config], Config]:
         listen = config.server.listen
         if args.bind is not None or args.port is not None:
             # In place of everything in the file: one address, what is not given taken from the file's first with a port.
-            first = next((address for address in listen if not address.path), ListenAddress("127.0.0.1", 8080))
+            first = next((address for address in listen if not address.path and not address.name), ListenAddress("127.0.0.1", 8080))
             listen = (first._replace(host=first.host if args.bind is None else args.bind,
                                      port=first.port if args.port is None else args.port),)
         logging = config.logging._replace(format=args.log_format or config.logging.format, level=args.log_level or config.logging.level)
@@ -11896,6 +12175,8 @@ def run_server(args: argparse.Namespace) -> int:
     # From here on: while the files are read it would end the server.
     signals.catch(signal.SIGHUP)
     daemon = Daemon(*_paths(args), environ=os.environ, override=_overrides(args), signals=signals)
+    if daemon.passed and (args.bind is not None or args.port is not None):
+        raise HookshotError("usage", "--bind and --port say where to listen, but systemd has passed sockets; leave one or the other")
     daemon.run()
     return EXIT_OK
 
@@ -12047,7 +12328,10 @@ def _checked_key(text: str, name: str) -> bytes:
 
 def _url_of(server: Server) -> str:
     """Return the URL of a server on this host: a TCP address if it has one at which no client certificate is asked for."""
-    address = next((address for address in server.listen if bool(address.path) == bool(server.tls.client_ca)), server.listen[0])
+    addresses = [address for address in server.listen if not address.is_awaited]
+    if not addresses:
+        raise HookshotError("usage", "server.listen names only sockets of systemd; say where the server is with --url or HOOKSHOT_URL")
+    address = next((address for address in addresses if bool(address.path) == bool(server.tls.client_ca)), addresses[0])
     return address.url(is_tls=bool(server.tls.cert) and not address.path)
 
 

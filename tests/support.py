@@ -176,7 +176,7 @@ class Host:
         assert self.process and self.process.poll() is None, f"the server ended at start:\n{self.output.read_text()[offset:]}"
         for line in self.output.read_bytes()[offset:].decode().splitlines():
             if '"started"' in line:
-                return json.loads(line)["message"].partition(" listens on ")[2].rpartition(", ")[0].replace(" (all addresses)", "").split(" and ")
+                return json.loads(line)["message"].partition(" listens on ")[2].rpartition(", ")[0].replace(" (all addresses)", "").replace(" (from systemd)", "").split(" and ")
         return []
 
     def stop(self, number: int = signal.SIGTERM, *, patience_s: float = PATIENCE_S) -> int:

@@ -105,7 +105,8 @@ def plain(value):
 # --- the keys: path -> default as loaded, a value as written, that value as loaded
 
 CONFIG_KEYS = {
-    "server.listen": ([["127.0.0.1", 8080, ""]], ["[::1]:9000", "unix:/run/x"], [["::1", 9000, ""], ["", 0, "/run/x"]]),
+    "server.listen": ([["127.0.0.1", 8080, "", "", -1]], ["[::1]:9000", "unix:/run/x", "systemd:web"],
+                      [["::1", 9000, "", "", -1], ["", 0, "/run/x", "", -1], ["", 0, "", "web", -1]]),
     "server.socket_mode": (0o660, "600", 0o600),
     "server.worker_threads": (4, 64, 64),
     "server.max_request_size": (1 << 20, "64 kb", 64 << 10),
@@ -805,7 +806,7 @@ def test_the_sample_shows_every_key_at_its_default():
 def test_a_value_put_into_the_sample_is_in_force():
     config, problems = load_config(hookshot.render_sample(hookshot.Config, "",
             {"server.listen": "[::1]:1", "storage.retention.log_days": 7}))
-    assert (config.server.listen, config.storage.retention.log_days, problems) == ((("::1", 1, ""),), 7, [])
+    assert (config.server.listen, config.storage.retention.log_days, problems) == ((("::1", 1, "", "", -1),), 7, [])
 
 
 # --- moving over from the original
