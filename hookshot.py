@@ -11002,7 +11002,7 @@ _READER_PATIENCE_S = 5.0
 # With sockets that systemd keeps: for requests that came just before the end. Most take milliseconds.
 _LEAVE_S = 2.0
 # What follows shutdown_timeout: ending processes, sending notices, closing. And how long each word of it holds good for the service manager.
-_END_S, _EXTENSION_S = 30.0, 15
+END_S, _EXTENSION_S = 30, 15
 _REPORT_TURN_S = 1.0
 # Longer than any turn takes: that of the housekeeper may wait for a reload and a command that brings secrets (30 s each).
 _READER_STUCK_S, _HOUSE_STUCK_S = 30.0, 120.0
@@ -11081,7 +11081,7 @@ def _check_data_dir(folder: str, place: Place) -> None:
 
 
 # Beside connections: the database, logs, pipes of commands.
-_OTHER_DESCRIPTORS = 100
+OTHER_DESCRIPTORS = 100
 
 
 def _check_server(config: Config, place: Place) -> None:
@@ -11095,7 +11095,7 @@ def _check_server(config: Config, place: Place) -> None:
                                        "set [server.tls], or put a TLS proxy in front and name it in security.trusted_proxies")
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     # Who follows a log has that open too.
-    if descriptors != resource.RLIM_INFINITY and 2 * server.max_connections + _OTHER_DESCRIPTORS > descriptors:
+    if descriptors != resource.RLIM_INFINITY and 2 * server.max_connections + OTHER_DESCRIPTORS > descriptors:
         (place / "max_connections").warning(f"{server.max_connections} connections may need more than the {descriptors} descriptors that this "
                                             "process may open; raise LimitNOFILE (ulimit -n)")
 
@@ -11439,7 +11439,7 @@ class Daemon:
     def stop(self) -> None:
         """Shut down: drain, wait, stop, close. A second signal meanwhile stops what runs at once."""
         self.app.is_ready = False
-        self._ends_by_s = time.monotonic() + self._current.config.server.shutdown_timeout + _END_S
+        self._ends_by_s = time.monotonic() + self._current.config.server.shutdown_timeout + END_S
         self._manager.tell("STOPPING=1")
         if self.passed:
             # Who comes from now on waits in the kernel for the next server; who came before is not refused.
@@ -12924,6 +12924,188 @@ def _demo_deploy(client: Client, image: str, expected: State, words: str) -> boo
     return found == expected
 
 
+# --- units of systemd
+
+
+class _Need(NamedTuple):
+    """What commands that name one of these programs want of a unit: `lifts` are directives that they cannot do with ("*": any)."""
+
+    programs: tuple[str, ...]
+    why: str
+    lifts: tuple[str, ...] = ()
+    adds: tuple[str, ...] = ()
+    is_root: bool = False
+
+
+# What runs the program that is meant: then every word after it may be that one.
+_WRAPPERS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "env", "nice", "ionice", "timeout", "nohup", "setsid", "flock", "xargs", "time", "stdbuf"})
+_NEEDS = (
+    _Need(("podman", "buildah", "crun", "runc", "nerdctl", "ctr", "unshare", "nsenter", "bwrap", "chroot", "mount", "umount"),
+          "makes namespaces, mounts and cgroups of its own, and hands out capabilities", ("*",), ("Delegate=yes", "CapabilityBoundingSet=~CAP_BLOCK_SUSPEND CAP_LEASE CAP_LINUX_IMMUTABLE CAP_MAC_ADMIN CAP_MAC_OVERRIDE "
+                    "CAP_SYS_BOOT CAP_SYS_PACCT CAP_SYS_RAWIO CAP_SYS_TIME CAP_SYS_TTY_CONFIG CAP_SYSLOG CAP_WAKE_ALARM"), is_root=True),
+    _Need(("sudo", "doas", "su", "runuser", "pkexec"), "takes on the rights of another user, which every restriction would take away again", ("*",)),
+    _Need(("apt", "apt-get", "dpkg", "dnf", "yum", "rpm", "zypper", "apk", "pacman", "snap", "flatpak"), "installs programs, anywhere on this host",
+          ("*",), is_root=True),
+    _Need(("systemctl", "systemd-run", "loginctl", "machinectl", "service"), "asks the service manager, which listens to root; see docs/systemd.md for a way without",
+          is_root=True),
+    _Need(("docker", "docker-compose"), "talks to the Docker daemon by a socket of group docker, which is as good as root", (), ("SupplementaryGroups=docker",)),
+    _Need(("nice", "ionice", "chrt", "taskset", "prlimit"), "changes priorities and limits", ("SystemCallFilter=~@resources",)),
+    _Need(("node", "npm", "npx", "yarn", "pnpm", "deno", "bun", "java", "mvn", "gradle", "dotnet", "php", "ruby", "bundle", "rake", "luajit", "pypy3", "pwsh"),
+          "writes machine code while it runs", ("MemoryDenyWriteExecute=yes",)))
+# As root: to be another user, to end that user's processes, and to write files that are not root's.
+_ROOT_CAPABILITIES = ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_SETGID", "CAP_SETUID")
+# Folders that a directive hides, and what stands in for it when something of ours is there.
+_HIDDEN = ((("/home/", "/root/", "/run/user/"), "ProtectHome=yes", "ProtectHome=read-only"), (("/tmp/", "/var/tmp/"), "PrivateTmp=yes", None))
+# What systemd makes and gives to the unit's user: below these, by its name there.
+_OWN_FOLDERS = (("/var/lib/", "StateDirectory"), ("/var/log/", "LogsDirectory"), ("/run/", "RuntimeDirectory"))
+
+
+def _named_programs(config: Config, services: Services) -> dict[str, str]:
+    """Return the programs that commands name, each with one of those who name it."""
+    found: dict[str, str] = {}
+    named = [(f"service {service.name}", [word.text for word in command.run])
+             for service in services.by_name.values() for _, commands, _ in service_commands(service) for command in commands]
+    named += [(f"channel {channel.name}", list(channel.command)) for channel in config.notifications.channel]
+    for who, words in (*named, ("secrets.command", list(config.secrets.command))):
+        programs = [os.path.basename(word) for word in words[:1]]
+        if programs and programs[0] in _WRAPPERS:
+            programs += re.findall(r"[A-Za-z][\w.+-]*", " ".join(words[1:]), re.ASCII)
+        for program in programs:
+            found.setdefault(program, who)
+    return found
+
+
+def _unit_word(text: str, *, is_command: bool = False) -> str:
+    """Return a text as one word of a unit file (systemd.syntax(7)); in a command, "$" stands for itself too."""
+    text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("%", "%%")
+    text = text.replace("$", "$$") if is_command else text
+    return f'"{text}"' if not text or re.search(r"[\s;'\"\\]", text) else text
+
+
+def _folder_lines(settings: Settings, *, is_bound: bool) -> list[str]:
+    """Return the directives for the folders of a system service: systemd makes those that it can; where all else is read-only, the rest is opened."""
+    config, services = settings
+    mine = [config.storage.data_dir, config.logging.directory, *(os.path.dirname(address.path) for address in config.server.listen if address.path)]
+    of_services = [service.working_dir for service in services.by_name.values()]
+    of_services += [command.working_dir for service in services.by_name.values() for _, commands, _ in service_commands(service) for command in commands]
+    made, others = {}, []
+    for path in filter(None, dict.fromkeys(os.path.normpath(folder) for folder in (*mine, *of_services) if folder)):
+        kind, parent = next(((kind, parent) for parent, kind in _OWN_FOLDERS if path.startswith(parent) and path in mine), ("", ""))
+        if kind and re.fullmatch(r"[\w./-]+", path, re.ASCII):
+            made.setdefault(kind, []).append(path.removeprefix(parent))
+        elif path not in ("/", "/run", "/tmp", "/var/tmp"):
+            others.append(_unit_word(f"-{path}"))
+    lines = [f"{kind}={' '.join(paths)}" for kind, paths in made.items()]
+    lines += ["StateDirectoryMode=0700"] if "StateDirectory" in made else []
+    # Kept over a restart: a socket that systemd holds may be in it.
+    lines += ["RuntimeDirectoryPreserve=yes"] if "RuntimeDirectory" in made else []
+    return lines + ["# Commands can write here, in their /tmp, and nowhere else.", f"ReadWritePaths={' '.join(others)}"] * (is_bound and bool(others))
+
+
+def _credential_lines(settings: Settings, folder: str) -> list[str]:
+    """Return LoadCredential= for every secret that must be there, if systemd is named as a source of secrets."""
+    config, services = settings
+    if config.secrets.source == "auto" or "systemd" not in config.secrets.source:
+        return []
+    names = [*config.secrets.required_secrets, *config.security.hmac_keys, *(["read_token"] if config.security.read_access == "token" else [])]
+    names += [name for service in services.by_name.values() for name in service.security.hmac_keys]
+    return [f"LoadCredential={name}:{_unit_word(os.path.join(folder, 'credentials', name))}" for name in dict.fromkeys(names)]
+
+
+def _hardening_lines(settings: Settings, paths: Iterable[str], needs: Sequence[_Need], *, is_root: bool, is_user: bool) -> list[str]:
+    """Return the restrictions that leave the configured commands working."""
+    config, services = settings
+    has_users = any(service.user or service.group for service in services.by_name.values())
+    lifted = {lift for need in needs for lift in need.lifts}
+    lifted |= {"ProtectProc=invisible"} if has_users else set()
+    lifted |= {"SystemCallFilter=~@resources"} if any(service.nice for service in services.by_name.values()) else set()
+    binds = any(0 < address.port < 1024 for address in config.server.listen if not address.path)
+    granted = ["CAP_NET_BIND_SERVICE"] * binds
+    lines = [f"AmbientCapabilities={' '.join(granted)}"] if binds and not (is_root or is_user) else []
+    if "*" in lifted:
+        return lines
+    if not is_user:
+        granted += [*_ROOT_CAPABILITIES, *["CAP_SYS_NICE"] * any(service.nice < 0 for service in services.by_name.values())] if is_root else []
+        lines.append(f"CapabilityBoundingSet={' '.join(sorted(granted))}")
+    hardening = (UNIT_USER_HARDENING if is_user else UNIT_HARDENING).splitlines()
+    for folders, directive, instead in () if is_user else _HIDDEN:
+        if any(f"{path}/".startswith(folders) for path in paths):
+            hardening[hardening.index(directive)] = instead or ""
+    return lines + [line for line in hardening if line and line not in lifted]
+
+
+def render_unit(settings: Settings, paths: tuple[str, str], program: Sequence[str], *, is_user: bool = False) -> str:
+    """Return hookshot.service for a host's manager or a user's, with the restrictions that these services' commands allow."""
+    config, services = settings
+    named = _named_programs(config, services)
+    needs = [need for need in _NEEDS if not named.keys().isdisjoint(need.programs)]
+    has_users = any(service.user or service.group for service in services.by_name.values())
+    # Who writes sudo has seen to it that it needs not be root.
+    is_root = not is_user and (has_users or (any(need.is_root for need in needs) and "sudo" not in named))
+    touched = [*program, *paths, config.secrets.secrets_file, config.storage.data_dir, config.logging.directory, *config.server.tls,
+               *(service.working_dir or "" for service in services.by_name.values())]
+    command = " ".join(_unit_word(word, is_command=True) for word in (*program, "-c", paths[0], "-s", paths[1], "run"))
+    lines = [f"# {name}, of {named[name]}, {need.why}." for need in needs for name in need.programs if name in named]
+    lines += ["# Commands run as users of their own, which only root can bring about."] * (has_users and not is_user)
+    lines += [] if is_user else ["User=root" if is_root else "User=hookshot"]
+    lines += [line for need in needs for line in need.adds if not is_user]
+    lines += [] if is_user else _folder_lines(settings, is_bound=not any("*" in need.lifts for need in needs))
+    lines += _credential_lines(settings, os.path.dirname(paths[0]))
+    descriptors = 2 * config.server.max_connections + OTHER_DESCRIPTORS
+    lines += [f"LimitNOFILE={descriptors}"] * (descriptors > 1024)
+    lines += _hardening_lines(settings, touched, needs, is_root=is_root, is_user=is_user)
+    return UNIT.replace("@COMMAND@", command).replace("@STOP@", str(config.server.shutdown_timeout + END_S)) \
+        .replace("@REST@", "\n".join(lines)).replace("@TARGET@", "default.target" if is_user else "multi-user.target")
+
+
+def render_socket(settings: Settings, *, is_user: bool = False) -> str:
+    """Return hookshot.socket for the addresses of server.listen; HookshotError for one that a socket unit cannot have."""
+    server = settings.config.server
+    lines = []
+    for address in server.listen:
+        host = {"": "", "localhost": "127.0.0.1"}.get(address.host, address.host)
+        if address.is_awaited or not (address.path or address.port) or (host and not parse_address(host)):
+            raise HookshotError("usage", f"server.listen has {address}, of which a socket unit cannot be made; write a port and an address, or a path")
+        lines.append("ListenStream=" + (address.path.replace("%", "%%") or (str(address._replace(host=host)) if host else str(address.port))))
+    if any(address.path for address in server.listen):
+        lines += [f"SocketMode={server.socket_mode:04o}", *([] if is_user else ["SocketUser=hookshot"]), "RemoveOnStop=yes"]
+    # ":8080" is every address, IPv4 among them; "[::]:8080" is IPv6 alone.
+    lines += ["BindIPv6Only=ipv6-only"] * any(":" in address.host for address in server.listen)
+    return UNIT_SOCKET.replace("@LISTEN@", "\n".join(lines))
+
+
+def _own_program() -> list[str]:
+    """Return the interpreter and the file or archive that this command runs from."""
+    return [sys.executable, os.path.abspath(getattr(__loader__, "archive", None) or __file__)]  # type: ignore[name-defined]
+
+
+def _shown_value(name: str, value: Any) -> Any:
+    """Return a configured value for a program to read; one that is or may be a secret is masked."""
+    if name in (*SECRET_KEYS, *EVENTS_OF_WEBHOOK) and value:
+        return value if secret_named(value) else "***"
+    if isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, ListenAddress | Template):
+        return {field: _shown_value(field, entry) for field, entry in value._asdict().items()}
+    if isinstance(value, tuple) and not isinstance(value, ListenAddress | Template):
+        return [_shown_value("", entry) for entry in value]
+    return f"{value:04o}" if name == "socket_mode" else value if isinstance(value, str | int | bool) or value is None else str(value)
+
+
+_SHOWN: dict[str, Callable[[Settings, argparse.Namespace], str]] = {
+    "config": lambda settings, args: _json_text(_shown_value("", settings.config), indent=2) + "\n",
+    "socket": lambda settings, args: render_socket(settings, is_user=args.user),
+    "unit": lambda settings, args: render_unit(settings, _paths(args), _own_program(), is_user=args.user)}
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print what follows from both files: the configuration in force, or a unit of systemd for this host and these services."""
+    problems: list[Problem] = []
+    settings = read_settings(*_paths(args), problems)
+    if has_errors(problems):
+        raise ConfigError(problems)
+    print(_SHOWN[args.what](settings, args), end="")
+    return EXIT_OK
+
+
 # --- the table of commands
 
 
@@ -13035,6 +13217,9 @@ COMMANDS: dict[str, CliCommand] = {
         _argument("file", metavar="FILE", help="file to read, or - for standard input"),
         _argument("-n", "--dry-run", action="store_true", help="check everything and say what would happen; nothing does"),
         _argument("--force", action="store_true", help="also if deployments of the present database are unfinished: they are given up"), _JSON)),
+    "show": CliCommand(show, "print the configuration in force, or a systemd unit for this host and these services", (
+        _argument("what", choices=tuple(_SHOWN), metavar="config|socket|unit", help="what to print"),
+        _argument("--user", action="store_true", help="a unit for a user's own service manager"))),
     "sign": CliCommand(sign_body, "print the signature header of a body, for curl -H", (_argument("file", nargs="?", default="-", metavar="FILE", help="file to sign (default: -, standard input)"),
         _argument("--timestamp", action="store_true", help="the three headers of Standard Webhooks, good for security.replay_window"), *_TO_SERVER)),
 }
@@ -13157,6 +13342,92 @@ commands = [["true"]]
 
 [service.rollback]
 commands = [["echo", "returning to {{PREVIOUS_IMAGE}}"]]
+"""
+
+# Directives that systemd 247 knows. Type=notify: active only when the server is ready.
+UNIT = """\
+# Made by `hookshot show unit` for this host and its services; make it again when they change.
+[Unit]
+Description=Hookshot, signed deployments
+Wants=network-online.target
+After=network-online.target
+# A host that lacks something at first, such as its address, has it later.
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+ExecStart=@COMMAND@
+ExecReload=/bin/sh -c 'kill -HUP $$MAINPID'
+Restart=on-failure
+RestartSec=5
+TimeoutStartSec=300
+# server.shutdown_timeout and what follows it. Commands hear of the end from hookshot, not from systemd.
+TimeoutStopSec=@STOP@
+KillMode=mixed
+WatchdogSec=60
+# No core dump, which would hold secrets.
+WatchdogSignal=SIGKILL
+UMask=0077
+@REST@
+
+[Install]
+WantedBy=@TARGET@
+"""
+
+UNIT_HARDENING = """\
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+PrivateMounts=yes
+RemoveIPC=yes
+ProtectProc=invisible
+ProtectClock=yes
+ProtectHostname=yes
+ProtectControlGroups=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
+SystemCallFilter=@system-service
+SystemCallFilter=~@resources
+"""
+
+# What a user's own manager can do without namespaces.
+UNIT_USER_HARDENING = """\
+NoNewPrivileges=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
+SystemCallFilter=@system-service
+SystemCallFilter=~@resources
+"""
+
+UNIT_SOCKET = """\
+# Made by `hookshot show socket`. systemd holds the sockets: who comes while hookshot restarts waits, and is not refused.
+[Unit]
+Description=Hookshot, where it listens
+
+[Socket]
+@LISTEN@
+Backlog=1024
+NoDelay=yes
+
+[Install]
+WantedBy=sockets.target
 """
 
 DEMO_SERVICES = """\
