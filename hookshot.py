@@ -11292,6 +11292,7 @@ class Daemon:
                  signals: Signals | None = None):
         """Read everything; raise ConfigError with every problem. Nothing is created yet."""
         self._paths, self._override = (config_path, services_path), override
+        self._was_empty = self._is_empty(config_path)
         self._surroundings: SecretSurroundings | None = None
         self._environ = environ
         self._manager, self.passed = ServiceManager(environ), take_passed(environ)
@@ -11548,12 +11549,19 @@ class Daemon:
     def _load_again(self) -> Current:
         """Load what is in the files now; ConfigError also for a file that has lost its content: a cut is likelier than that somebody meant it."""
         config_path, services_path = self._paths
-        if (mark := read_mark(config_path)) and not mark.size and self._override(load_config("", config_path, [])) != self._current.config:
+        is_empty = self._is_empty(config_path)
+        if is_empty and not self._was_empty:
             raise ConfigError([Problem(config_path, "", "is empty; if the defaults alone are meant, restart the server")])
         loaded = self._load()
         if self._current.services.by_name and not loaded.services.by_name:
             raise ConfigError([Problem(services_path, "service", "there is no service any more; if the last one is meant to go, restart the server")])
+        self._was_empty = is_empty
         return loaded
+
+    @staticmethod
+    def _is_empty(path: str) -> bool:
+        mark = read_mark(path)
+        return mark is not None and not mark.size
 
     def _read_in_peace(self, paths: Sequence[str], read: Callable[[], Any]) -> Any:
         """Return what `read` returns or raises, once nobody writes to the files meanwhile; ConfigError if somebody goes on doing so."""
@@ -12205,7 +12213,7 @@ def validate(args: argparse.Namespace) -> int:
 
 def reload_server(args: argparse.Namespace) -> int:
     """Have the running server read its files again, and say what came of it."""
-    record = ask_for_reload(os.path.abspath(args.data_dir) if args.data_dir else _find_data_dir(args), time.monotonic() + args.timeout)
+    record = ask_for_reload(_find_data_dir(args), time.monotonic() + args.timeout)
     is_taken = record.outcome == "taken"
     if args.json:
         _print_json({"reloaded": is_taken, "config": record.config, "services": record.services, "changes": record.changes, "pending": record.pending,
@@ -12221,13 +12229,15 @@ def reload_server(args: argparse.Namespace) -> int:
 
 
 def _find_data_dir(args: argparse.Namespace) -> str:
-    """Return storage.data_dir of config.toml, as long as the file can be read that far."""
+    """Return the data directory: --data-dir, else storage.data_dir of config.toml, as long as the file can be read that far."""
+    if args.data_dir:
+        return os.path.abspath(args.data_dir)
     config_path, services_path = _paths(args)
     problems: list[Problem] = []
     config = read_settings(config_path, services_path, problems).config
     found = [problem for problem in problems if problem.file == config_path and not problem.is_warning and problem.path in ("", "storage", "storage.data_dir")]
     if found:
-        _say("the server was not asked, because its data directory is not known; name it with --data-dir")
+        _say("the data directory is not known; name it with --data-dir")
         raise ConfigError(found)
     return config.storage.data_dir
 
@@ -12778,7 +12788,7 @@ def explain(args: argparse.Namespace) -> int:
 
 def audit(args: argparse.Namespace) -> int:
     """Print the newest rows of the audit, or check that all are as they were written."""
-    path = os.path.join(args.data_dir or _data_dir(args), "state.db")
+    path = os.path.join(_find_data_dir(args), "state.db")
     if args.verify:
         return _verify_audit(args, path)
     rows = read_audit(path, service=args.service, limit=args.limit)
@@ -12791,19 +12801,6 @@ def audit(args: argparse.Namespace) -> int:
             (row.n, render_time(row.at_ms), row.action, row.decision, row.service, row.key_id, row.address, row.request_id,
              " ".join(word for word in (row.image, row.deploy_id, row.detail) if word)) for row in rows])
     return EXIT_OK
-
-
-def _data_dir(args: argparse.Namespace) -> str:
-    problems: list[Problem] = []
-    config_path, _ = _paths(args)
-    try:
-        config = load_config(read_text(config_path), config_path, problems)
-    except (OSError, ValueError) as error:
-        raise HookshotError("config", f"{config_path} cannot be read: {getattr(error, 'strerror', None) or error}; name the data directory "
-                                      "with --data-dir") from None
-    if has_errors(problems):
-        raise ConfigError(problems)
-    return config.storage.data_dir
 
 
 def _verify_audit(args: argparse.Namespace, path: str) -> int:
