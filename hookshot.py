@@ -1265,7 +1265,7 @@ class Service(NamedTuple):
 
     name: str = key(REQUIRED, _text(SERVICE_NAME, "name (1 to 32 of A-Z a-z 0-9 - _)"), "unique name")
     description: str = key("", _text(may_be_empty=True), "one line for people")
-    enabled: bool = key(True, _BOOLEAN, "whether deploys are accepted")
+    enabled: bool = key(True, _BOOLEAN, "whether deploys are accepted, and carried out if they wait")
     working_dir: str | None = key(None, _PATH, "directory of the commands; else defaults.working_dir")
     on_busy: str | None = key(None, _choice("queue", "reject", "replace"),
                               "while one runs: wait in line, refuse, or replace those that wait")
@@ -11145,8 +11145,9 @@ class Signals:
         return os.read(self._read, 1)[0] if poll.poll(None if timeout_s is None else timeout_s * 1000) else None
 
 
-# What was written to less than this ago may be half-written; how long to wait for a file that goes on being written to.
-_QUIET_S, _QUIET_PATIENCE_S = 0.1, 3.0
+# What was written to less than this ago may be half-written. How long to wait for a file that goes on being written to, and
+# how often to read again what has changed meanwhile.
+_QUIET_S, _QUIET_PATIENCE_S, _QUIET_TRIES = 0.1, 3.0, 5
 # Lines of one reload's changes in the log.
 _MAX_CHANGES_TOLD = 50
 
@@ -11565,28 +11566,31 @@ class Daemon:
 
     def _read_in_peace(self, paths: Sequence[str], read: Callable[[], Any]) -> Any:
         """Return what `read` returns or raises, once nobody writes to the files meanwhile; ConfigError if somebody goes on doing so."""
-        deadline = time.monotonic() + _QUIET_PATIENCE_S
         # Opening a pipe would wait for somebody to write.
         if odd := [Problem(path, "", "is not a regular file") for path in paths if os.path.exists(path) and not os.path.isfile(path)]:
             raise ConfigError(odd)
-        while True:
-            marks = self._await_quiet(paths, deadline)
+        for _ in range(_QUIET_TRIES):
+            marks = self._await_quiet(paths)
             try:
                 found, error = read(), None
             except ConfigError as failed:
                 found, error = None, failed
-            if [*map(read_mark, paths)] == marks or time.monotonic() > deadline:
-                break
-        if error:
-            raise error
-        return found
+            changed = [path for path, mark in zip(paths, marks) if read_mark(path) != mark]
+            if not changed and error:
+                raise error
+            if not changed:
+                return found
+        raise ConfigError([Problem(changed[0], "", "is written to whenever it is read; reload again when it is complete")])
 
-    def _await_quiet(self, paths: Sequence[str], deadline: float) -> list[FileMark | None]:
+    def _await_quiet(self, paths: Sequence[str]) -> list[FileMark | None]:
+        """Return the marks of files, of which none was written to just now."""
+        deadline = time.monotonic() + _QUIET_PATIENCE_S
         while True:
             marks = [*map(read_mark, paths)]
-            age_s, path = min(((now_ms() - mark.changed_ns / 1e6) / 1000, path) for path, mark in zip(paths, marks) if mark) if any(marks) else (_QUIET_S, "")
-            # A time to come is of a clock that was put back.
-            if not 0 <= age_s < _QUIET_S:
+            ages = [(now_ms() / 1000 - mark.changed_ns / 1e9, path) for path, mark in zip(paths, marks) if mark]
+            # A time to come is that of a clock that was put back since.
+            age_s, path = min((age for age in ages if age[0] >= 0), default=(_QUIET_S, ""))
+            if age_s >= _QUIET_S:
                 return marks
             if time.monotonic() > deadline:
                 raise ConfigError([Problem(path, "", "is being written to all the time; reload again when it is complete")])
