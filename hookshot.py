@@ -5274,8 +5274,12 @@ def load_keyring(config: Config, services: Services, surroundings: SecretSurroun
         names = (*names, "command")
     values: dict[str, bytes] = {}
     for name in names or ():
-        for secret, value in _SECRET_SOURCES[name](config.secrets, surroundings, place).items():
-            values.setdefault(secret, value)
+        try:
+            found = _SECRET_SOURCES[name](config.secrets, surroundings, place)
+        except OSError as error:  # a disk that fails while it is read
+            place.problem(f"source {name} cannot be read: {error.strerror}")
+            continue
+        values |= found | values
     _check_secrets(values, config, services, place)
     return Keyring(values, Masker([*values.values(), *_confidential_texts(config.notifications)]))
 
@@ -7772,7 +7776,7 @@ class App:
         # How many connections are open: the server says it.
         self.connections: Callable[[], int] = lambda: 0
         self.is_ready = False
-        # What in force is older than its files, because they could not be read again ("configuration", "secrets"), and since when.
+        # What in force is older than its files, which could not be read again: "configuration", "secrets". And since when.
         self.stale: Mapping[str, int] = {}
         self.is_closing = False
         self.has_hinted = False
@@ -11519,9 +11523,9 @@ class Daemon:
             self.publish(Reloaded(False, "the new configuration is not taken; the old one stays in force", now_ms()))
             return False
         in_force = self._keep_what_needs_a_restart(loaded)
-        pending = describe_changes(*(flatten_settings(each.config, each.services) for each in (in_force, loaded)))
+        pending = describe_changes(*(flatten_settings(each.config, Services({})) for each in (in_force, loaded)))
         if pending:
-            self.publish(Trouble("restart_needed", f"needs a restart, and is not in force yet: {'; '.join(pending)}"))
+            self.publish(Trouble("restart_needed", f"these changes need a restart and are not in force yet: {'; '.join(pending)}"))
         if in_force.config.logging.directory:
             # What cannot be made is told by the log, which goes on without the file.
             with contextlib.suppress(OSError):
@@ -11615,6 +11619,7 @@ class Daemon:
         self.app.stale = {part: now_ms()} | self.app.stale
 
     def _mark_fresh(self, *parts: str) -> None:
+        self._told_problems = ()
         self.app.stale = {part: since_ms for part, since_ms in self.app.stale.items() if part not in parts}
 
     def _write_record(self, **changes: Any) -> None:
@@ -11660,7 +11665,6 @@ class Daemon:
         elif "secrets" in self.app.stale:
             self.publish(Noted("secrets_reloaded", "secrets can be read again, and have not changed"))
         self._mark_fresh("secrets")
-        self._told_problems = ()
 
     def _load_secrets(self) -> Keyring:
         problems: list[Problem] = []
