@@ -2769,7 +2769,7 @@ METRICS: dict[str, Metric] = {
     "hookshot_disk_free_bytes": Metric("gauge", (), "What may still be written on the data directory's file system."),
     "hookshot_connections": Metric("gauge", (), "Connections of clients that are open."),
     "hookshot_event_streams": Metric("gauge", (), "Readers of GET /events."),
-    "hookshot_event_streams_dropped_total": Metric("counter", (), "Readers of GET /events that were too slow and were dropped."),
+    "hookshot_event_streams_dropped_total": Metric("counter", (), "Readers of GET /events that were dropped: too slow, or not allowed to read any more."),
     "hookshot_auth_failures_total": Metric("counter", ("reason",), "Requests refused for who sent them: missing, wrong or stale signature, no_timestamp, other_service, token, address."),
     "hookshot_rate_limited_total": Metric("counter", (), "Requests refused by security.rate_limit."),
     "hookshot_reloads_total": Metric("counter", ("outcome",), "Reloads of the configuration: succeeded, failed."),
@@ -3465,7 +3465,7 @@ LOG_EVENTS: dict[str, str] = {
     "proxy_not_believed": "a neighbour sends forwarding headers, and is no trusted proxy",
     "connections_exhausted": "no connection can be accepted",
     "answer_broken": "an answer broke off while it was sent",
-    "stream_dropped": "a reader of GET /events was too slow",
+    "stream_dropped": "a reader of GET /events was too slow, or may not read any more",
     "events_unreadable": "moves cannot be read for GET /events",
     "notice_delivered": "a notice was delivered (debug)",
     "notice_retried": "a notice could not be delivered and will be tried again",
@@ -7500,8 +7500,8 @@ class EventFeed:
         if self.readers and isinstance(event, Moved | Accepted):
             self._news.set()
 
-    def open(self, after: int | None, service: str | None, request_id: str) -> "EventReader":
-        """Return a reader that begins after a move, or with what comes."""
+    def open(self, after: int | None, service: str | None, request_id: str, may_read: Callable[[], bool] = lambda: True) -> "EventReader":
+        """Return a reader that begins after a move, or with what comes, and ends when it may not read any more."""
         newest = self.store.last_move()
         with self._lock:
             if not self.readers:
@@ -7511,7 +7511,7 @@ class EventFeed:
         # A move that came after `newest` was read and before somebody counted as a reader was not noted.
         self._news.set()
         # A database that was restored from a backup may be behind what the reader has seen.
-        return EventReader(self, newest if after is None else min(after, newest), service, request_id)
+        return EventReader(self, newest if after is None else min(after, newest), service, request_id, may_read)
 
     def leave(self) -> None:
         """A reader has gone."""
@@ -7584,8 +7584,8 @@ class EventFeed:
 class EventReader:
     """One reader of GET /events: first what is in the database (backlog), then what comes (take). One thread at a time."""
 
-    def __init__(self, feed: EventFeed, after: int, service: str | None, request_id: str):
-        self._feed, self._after, self._service, self._request_id = feed, after, service, request_id
+    def __init__(self, feed: EventFeed, after: int, service: str | None, request_id: str, may_read: Callable[[], bool]):
+        self._feed, self._after, self._service, self._request_id, self._may_read = feed, after, service, request_id, may_read
         self._is_open = True
 
     def backlog(self) -> Iterator[bytes]:
@@ -7599,18 +7599,19 @@ class EventReader:
             yield b"".join(render_transition(move) for move in page if self._service in (None, move.deployment.service))
 
     def take(self, limit_bytes: int) -> bytes | None:
-        """Return what has come, b"" for nothing, None if it is too late for that."""
-        found = self._feed.take(self._after, self._service, limit_bytes)
+        """Return what has come, b"" for nothing, None if it is too late for that, or forbidden by now."""
+        found = self._feed.take(self._after, self._service, limit_bytes) if self._may_read() else None
         if found is None:
             return None
         self._after, text = found
         return text
 
     def farewell(self) -> bytes:
-        """Count and log a reader that was too slow; return the event that tells it so."""
+        """Count and log a reader that is dropped; return the event that tells it so."""
+        why = "was too slow" if self._may_read() else "may not read any more"
         self._feed.metrics.add("hookshot_event_streams_dropped_total", (), 1)
-        self._feed.publish(Trouble("stream_dropped", f"a reader of GET /events was too slow and was dropped after move {self._after}; it can go on from there",
-                                   request_id=self._request_id, level="warning"))
+        self._feed.publish(Trouble("stream_dropped", f"a reader of GET /events {why} and was dropped after move {self._after}; it can go on from there"
+                                                     + " once it may" * (not self._may_read()), request_id=self._request_id, level="warning"))
         return b'event: dropped\ndata: {"resume_after":%d}\n\n' % self._after
 
     def close(self) -> None:
@@ -7970,6 +7971,23 @@ def _check_read_access(current: Current, request: Request) -> None:
     if not (mode == "open" or has_token or (mode == "local" and _is_local(request))):
         raise HookshotError("authentication", "reading needs the bearer token (secret read_token)"
                             + (", or a request straight from this host to localhost" if mode == "local" else ""), reason="token")
+
+
+def _keeps_read_access(app: App, request: Request) -> Callable[[], bool]:
+    """Return what says whether a reader that was let in may go on; looked at anew when something else is in force."""
+    checked, is_allowed = app.current(), True
+
+    def may_read() -> bool:
+        nonlocal checked, is_allowed
+        if checked is not (current := app.current()):
+            checked, is_allowed = current, True
+            try:
+                _check_read_access(current, request)
+            except HookshotError:
+                is_allowed = False
+        return is_allowed
+
+    return may_read
 
 
 MOVABLE_PATHS = ("/health", "/metrics")
@@ -8714,11 +8732,13 @@ def _tail_offset(path: str, lines: int) -> int:
 
 def _read_log(app: App, request: Request, deployment: Deployment, path: str, start: int, follows: bool) -> Iterator[tuple[int, bytes]]:
     """Yield (offset after it, chunk) from `start` on; with `follows` until the deployment has ended, b"" when idle."""
-    file = None
+    file, may_read = None, _keeps_read_access(app, request)
     try:
         with app.waiters.waiting_for(deployment.deploy_id) as waiter:
             is_over = not follows or (app.store.get(deployment.deploy_id) or deployment).is_terminal
             while True:
+                if not may_read():
+                    raise HookshotError("authentication", f"the log of {deployment.deploy_id} may not be read any more")
                 is_over = is_over or waiter.deployment is not None
                 if file is None and os.path.exists(path):
                     file = open(path, "rb", buffering=0)
@@ -8771,7 +8791,7 @@ def handle_events(app: App, request: Request) -> Response:
     after = _parse_number_parameter(request.query, "after", 0, 10**18 - 1, 0) if "after" in request.query else None
     # Before ?after=: an EventSource that comes again asks for the same URL.
     after = int(resume) if re.fullmatch(r"\d{1,18}", resume, re.ASCII) else after
-    reader = app.feed.open(after, service, request.request_id)
+    reader = app.feed.open(after, service, request.request_id, _keeps_read_access(app, request))
     return Response(200, content_type="text/event-stream", headers=(("X-Accel-Buffering", "no"),), stream=reader.backlog(), feed=reader)
 
 
@@ -11637,6 +11657,8 @@ class Daemon:
             self.engine.withdraw()
         self.engine.wake(everyone=True)
         self.notifier.wake()
+        # Those who may not read any more find out by looking.
+        self.app.feed.on_news()
 
     def _set_up_watching(self) -> None:
         """Have the log and the metrics follow what is in force."""

@@ -631,7 +631,7 @@ def test_the_write_ahead_log_stays_with_its_database(tmp_path, archive, origin):
             assert old.execute("SELECT deploy_id FROM deployments").fetchall() == [(deploy_id,)]
         # The next one takes the place of all of it: a write-ahead log of the last but one must not stay beside this one.
         assert host.cli("import", str(tmp_path / "a.tar.gz")).returncode == 0
-        assert sorted(path.name for path in host.data.iterdir()) == ["hookshot.lock", "logs", "logs.bak", "state.db", "state.db.bak"]
+        assert sorted(path.name for path in host.data.iterdir()) == ["hookshot.lock", "logs", "logs.bak", "reload.json", "state.db", "state.db.bak"]
 
 
 def test_a_database_that_someone_analyzed_is_ours_all_the_same(host, archive, tmp_path):

@@ -2,6 +2,7 @@
 """Reload: what it tells, what a broken or half-written file changes (nothing), what it takes away, keys that come and go, `hookshot reload`."""
 
 import contextlib
+import http.client
 import json
 import os
 import pathlib
@@ -482,6 +483,36 @@ def test_keys_of_every_source_are_rotated_without_a_gap(tmp_path):
         assert [name for name, key in keys.items() if signs(key)] == ["env_key"]
         said = host.output.read_text() + (host.data / "reload.json").read_text()
         assert not any(key in said for key in (*keys.values(), *old.values()))
+
+
+def test_a_read_token_that_is_taken_away_ends_what_is_read_with_it(tmp_path):
+    """Streams that were let in with it: events, and the log of what still runs. One of the new token goes on."""
+    tokens = [f"{number}-token-of-readers-0123456789abcdef" for number in range(2)]
+
+    def stream(path: str, token: str) -> http.client.HTTPResponse:
+        link = http.client.HTTPConnection("127.0.0.1", host.port, timeout=support.PATIENCE_S)
+        links.callback(link.close)
+        link.request("GET", path, headers={"Authorization": f"Bearer {token}"})
+        answer = link.getresponse()
+        assert answer.status == 200 and answer.read1(100)
+        return answer
+
+    with contextlib.ExitStack() as links, running(tmp_path, service(HOLD), '[security]\nread_access = "token"\n', secrets=f"read_token={tokens[0]}\n") as host:
+        deploy_id = host.deploy()
+        wait_until(lambda: (tmp_path / "trace").exists())
+        revoked = [stream(path, tokens[0]) for path in ("/events", f"/logs/{deploy_id}?follow=1")]
+        host.secrets.write_text(f"hmac_key={KEY}\nread_token={tokens[1]}\n")
+        assert reload(host)["changes"] == ["secret read_token: new value"]
+        events_left = stream("/events", tokens[1])
+        assert b"event: dropped" in revoked[0].read()
+        with pytest.raises(http.client.IncompleteRead):
+            revoked[1].read()
+        (tmp_path / "go").touch()
+        text = b""
+        while b'"Succeeded"' not in text:
+            assert (piece := events_left.read1(1 << 16)), text
+            text += piece
+        assert "may not read any more" in events(host, "stream_dropped")[0]["message"]
 
 
 def test_a_new_certificate_is_told_and_one_that_is_none_is_seen(tmp_path):
