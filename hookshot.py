@@ -3242,6 +3242,112 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+# prctl(2) and mlockall(2).
+_PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+
+
+def _libc() -> Any:
+    """Return the C library; raise ImportError where it cannot be called."""
+    try:
+        import ctypes  # may be missing, and takes a millisecond
+
+        return ctypes.CDLL(None, use_errno=True)
+    except (OSError, MemoryError) as error:  # a static build; a system that forbids ctypes what it needs
+        raise ImportError(str(error)) from None
+
+
+def protect_memory() -> None:
+    """Keep what is in memory out of core dumps and away from other programs of the same user, as far as this system can.
+
+    Children begin anew with their exec. So where the kernel can be asked, RLIMIT_CORE, which they would inherit, is left as it is.
+    """
+    try:
+        if _libc().prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0:
+            return
+    except (ImportError, AttributeError):  # the latter on macOS
+        pass
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def lock_memory() -> None:
+    """Keep this process's memory out of swap, where that can never fail later.
+
+    Under a finite RLIMIT_MEMLOCK every new thread's stack would count, 8 MB each, and be refused beyond it. The limit does not
+    hold for who has CAP_IPC_LOCK; what is in /proc does not tell that in a container, but a limit of 0 has the kernel say it.
+    """
+    try:
+        libc, (soft, hard) = _libc(), resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        if soft != resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard))
+        try:
+            # ONFAULT: of a stack only what is used, so this costs no memory.
+            libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
+        finally:
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
+    except (ImportError, AttributeError, OSError, ValueError):
+        pass
+
+
+class Protection(NamedTuple):
+    """What keeps a process's memory to itself, as the kernel says. None: it does not say, or not to this user."""
+
+    dumps_core: bool | None
+    is_dumpable: bool | None
+    is_locked: bool | None
+
+    def __str__(self) -> str:
+        words = {True: ("may dump core", "can be read by other programs of its user"),
+                 False: ("dumps no core", "cannot be read by other programs of its user"), None: ("core dumps unknown", "readability unknown")}
+        swapped = {True: "is never swapped out", False: "may be swapped out", None: "swapping unknown"}
+        return f"{words[self.dumps_core][0]}, {words[self.is_dumpable][1]}, {swapped[self.is_locked]}"
+
+
+def read_protection(pid: int | None = None) -> Protection:
+    """Return what protects the memory of a process, this one by default."""
+    folder = f"/proc/{pid or 'self'}"
+    is_dumpable = _is_dumpable(pid)
+    core = _find_number(f"{folder}/limits", r"Max core file size +(\w+)")
+    locked = _find_number(f"{folder}/status", r"VmLck:\s+(\d+) kB")
+    if core is None and pid is None:
+        core = str(resource.getrlimit(resource.RLIMIT_CORE)[0])
+    dumps_core = False if core == "0" or is_dumpable is False else is_dumpable if core else None
+    return Protection(dumps_core, is_dumpable, None if locked is None else locked != "0")
+
+
+def _is_dumpable(pid: int | None) -> bool | None:
+    if pid is None:
+        with contextlib.suppress(ImportError, AttributeError):
+            return _libc().prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) != 0
+        return None
+    with contextlib.suppress(OSError):
+        # proc(5): the files of a process that is not dumpable belong to root. Of root's own they always do.
+        owner = os.stat(f"/proc/{pid}").st_uid
+        return os.stat(f"/proc/{pid}/environ").st_uid == owner if owner else None
+    return None
+
+
+def _find_number(path: str, pattern: str) -> str | None:
+    with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+        match = re.search(pattern, file.read())
+        return match[1] if match else None
+    return None
+
+
+def erase_variable(name: str) -> None:
+    """Overwrite the value of a variable of this process's environment where /proc/PID/environ shows it: removing it leaves it there."""
+    try:
+        import ctypes  # may be missing
+
+        libc = _libc()
+        libc.getenv.restype = ctypes.c_void_p
+        if address := libc.getenv(os.fsencode(name)):
+            ctypes.memset(address, 0, len(ctypes.string_at(address)))
+    except (ImportError, AttributeError):
+        pass
+
+
 def free_bytes(path: str) -> int:
     """Return what an ordinary user may still write on the file system of `path`."""
     status = os.statvfs(path)
@@ -3439,6 +3545,7 @@ _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 # One name for each kind of line.
 LOG_EVENTS: dict[str, str] = {
     "started": "the server listens",
+    "memory": "what protects the server's memory, as the kernel says",
     "draining": "it shuts down; running deployments may end",
     "stopped": "it has ended",
     "recovery": "deployments were interrupted and will be recovered",
@@ -5160,6 +5267,8 @@ class SecretSurroundings(NamedTuple):
         found = {}
         names = [name for name in environ if name.startswith((prefix, PREFIX_OF_HOOKSHOT_1)) and name not in _PLAIN_VARIABLES]
         for name in sorted(names, key=lambda name: name.startswith(prefix)):  # ours come last, so they win
+            if environ is os.environ:
+                erase_variable(name)
             found[name.removeprefix(prefix).removeprefix(PREFIX_OF_HOOKSHOT_1).lower()] = environ.pop(name)
         return cls(found, environ.get("CREDENTIALS_DIRECTORY"))
 
@@ -11422,6 +11531,7 @@ class Daemon:
         self._tell_warnings()
         self._write_record(at=render_time(now_ms()))
         self._parts.callback(self._remove_record)
+        self.log.write("debug", "memory", f"this process {read_protection()}")
         self.publish(Noted("started", f"hookshot {__version__} listens on {' and '.join(shown)}, {self._count_services()}"))
         self._house_turned_s = time.monotonic()
         self._told = self._describe()
@@ -12209,6 +12319,7 @@ def _overrides(args: argparse.Namespace) -> Callable[[Config], Config]:
 
 def run_server(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
+    lock_memory()
     signals = Signals()
     # From here on: while the files are read it would end the server.
     signals.catch(signal.SIGHUP)
@@ -12375,11 +12486,16 @@ def _url_of(server: Server) -> str:
     return address.url(is_tls=bool(server.tls.cert) and not address.path)
 
 
+def _take_variable(name: str) -> str | None:
+    erase_variable(name)
+    return os.environ.pop(name, None)
+
+
 def _client(args: argparse.Namespace) -> Client:
     """Return the client: URL, key and certificates from flags, environment, or the server's own files, in this order."""
     if args.url == "":
         raise HookshotError("usage", "--url is empty; write http://host:port, https://host or unix:/path")
-    given = {name: os.environ.pop(name, None) for name in ("HOOKSHOT_HMAC_KEY", "HOOKSHOT_READ_TOKEN")}
+    given = {name: _take_variable(name) for name in ("HOOKSHOT_HMAC_KEY", "HOOKSHOT_READ_TOKEN")}
     url = args.url or os.environ.get("HOOKSHOT_URL")
     key_file = args.key_file or os.environ.get("HOOKSHOT_KEY_FILE")
     text = given["HOOKSHOT_HMAC_KEY"]
@@ -13290,6 +13406,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. Every failure is one plain sentence on stderr."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # Before any of them reads a key.
+    protect_memory()
     try:
         code = COMMANDS[args.command].run(args)
         if sys.stdout:  # None where it is closed

@@ -114,10 +114,6 @@ def status_field(host, name: str) -> int:
     return int(re.search(rf"^{name}:\s+(\d+)", pathlib.Path(f"/proc/{host.process.pid}/status").read_text(), re.MULTILINE)[1])
 
 
-def descriptors(host) -> int:
-    return len(os.listdir(f"/proc/{host.process.pid}/fd"))
-
-
 def is_held(host, link: socket.socket) -> bool:
     """Return whether the server still has its end of an IPv4 connection open (after close() the kernel's is nobody's)."""
     ends = [f":{host.port:04X}", f":{link.getsockname()[1]:04X}"]
@@ -1067,7 +1063,7 @@ def test_a_server_without_descriptors_says_so_once_waits_and_recovers(tmp_path, 
         ports = [(found[0], int(found[1])) for found in re.findall(r"http://([0-9.]+):(\d+)", host.output.read_text())]
         assert host.get("/services").status == 200
         troubles = lambda: host.output.read_text().count("no connection can be accepted")
-        with limited(host, resource.RLIMIT_NOFILE, descriptors(host) + 5), contextlib.ExitStack() as stack:
+        with limited(host, resource.RLIMIT_NOFILE, host.descriptors() + 5), contextlib.ExitStack() as stack:
             links = [stack.enter_context(socket.create_connection(address, support.PATIENCE_S)) for _ in range(15) for address in ports]
             wait_until(troubles)
             before, until = cpu_seconds(host), time.monotonic() + 2
@@ -1087,7 +1083,7 @@ def test_a_server_without_descriptors_says_so_once_waits_and_recovers(tmp_path, 
 def test_clients_in_the_backlog_are_served_when_descriptors_are_free_again(tmp_path):
     with running(tmp_path, service()) as host:
         assert host.get("/services").status == 200
-        with limited(host, resource.RLIMIT_NOFILE, descriptors(host) + 3), contextlib.ExitStack() as stack:
+        with limited(host, resource.RLIMIT_NOFILE, host.descriptors() + 3), contextlib.ExitStack() as stack:
             with contextlib.ExitStack() as first:
                 crowd(first, host, 10, "127.0.0.1", b"")
                 wait_until(lambda: "no connection can be accepted" in host.output.read_text())
