@@ -3129,6 +3129,24 @@ def is_open_to_others(path: str) -> bool:
         return False
 
 
+def find_writers(path: str) -> Iterator[tuple[str, bool]]:
+    """Yield (who else may change a file or put another in its place and what to do, whether it is the file that everyone may change).
+
+    "Else" is whoever is neither root nor this user. Links are followed; the folders of a link and of what it leads to count.
+    """
+    real = os.path.realpath(path)
+    for name in dict.fromkeys((real, os.path.dirname(real), os.path.dirname(os.path.abspath(path)))):
+        status = os.stat(name)
+        mode = f"mode {stat.S_IMODE(status.st_mode):04o}"
+        # Sticky, as /tmp: only a file's owner may replace it there.
+        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+            yield f"{name} can be changed by every user of this host ({mode}); run chmod o-w on it", name == real
+        elif status.st_mode & stat.S_IWGRP and status.st_gid not in (0, os.getegid()) and not status.st_mode & stat.S_ISVTX:
+            yield f"{name} can be changed by group {status.st_gid} ({mode}); run chmod g-w on it", False
+        elif status.st_uid not in (0, os.geteuid()):
+            yield f"{name} belongs to user {status.st_uid}, who can change it; give it to root or to the server's user {os.geteuid()}", False
+
+
 def read_text(path: str, limit_bytes: int = 4 << 20) -> str:
     """Return a UTF-8 file of bounded size; OSError or ValueError say why not."""
     with open(path, "rb") as file:
@@ -5310,6 +5328,7 @@ def _read_secrets_file(config: Secrets, surroundings: SecretSurroundings, place:
         os.close(descriptor)
         place.problem("is not a regular file")
         return {}
+    _warn_of_planting(config.secrets_file, place)
     with os.fdopen(descriptor, "rb") as file:
         if status.st_mode & 0o077:
             place.problem(f"can be read by others (mode {stat.S_IMODE(status.st_mode):04o}); run chmod 600 on it")
@@ -5321,6 +5340,13 @@ def _read_secrets_file(config: Secrets, surroundings: SecretSurroundings, place:
                 return parse_secrets(_decode_secrets(content, place), place)
             place.problem(f"is larger than {render_size(_MAX_SECRETS_BYTES)}")
     return {}
+
+
+def _warn_of_planting(path: str, place: Place) -> None:
+    """Note who might put another file in the place of the secrets. What is there already is judged by its own owner and mode."""
+    with contextlib.suppress(OSError):
+        for message, _ in find_writers(os.path.dirname(path)):
+            place.warning(message)
 
 
 def _decode_secrets(content: bytes, place: Place) -> str:
@@ -11171,8 +11197,11 @@ def has_errors(problems: Iterable[Problem]) -> bool:
 
 
 def check_host(settings: Settings, config_path: str, services_path: str, environ: Mapping[str, str], problems: list[Problem]) -> None:
-    """Add what this host lacks for the configuration: directories, accounts, programs."""
+    """Add what this host lacks for the configuration, and who else could change it: files, directories, accounts, programs."""
+    for path in (config_path, services_path):
+        _check_writers(path, Place(path, "", problems))
     _check_data_dir(settings.config.storage.data_dir, Place(config_path, "storage.data_dir", problems))
+    _check_privacy(settings.config.storage.data_dir, Place(config_path, "storage.data_dir", problems))
     _check_server(settings.config, Place(config_path, "server", problems))
     _check_log_files(settings.config.logging.directory, Place(config_path, "logging.directory", problems))
     _check_paths(settings.config.monitoring, Place(config_path, "monitoring", problems))
@@ -11203,6 +11232,13 @@ def _check_log_files(folder: str, place: Place) -> None:
         _check_data_dir(folder, place)
 
 
+def _check_writers(path: str, place: Place) -> None:
+    """Note who may change a file that says what runs here. Folders are warnings: in a container everyone may write many, and is one."""
+    with contextlib.suppress(OSError):
+        for message, is_open in find_writers(path):
+            place.problem(message) if is_open else place.warning(message)
+
+
 def _check_data_dir(folder: str, place: Place) -> None:
     existing = folder
     while not os.path.exists(existing):
@@ -11211,6 +11247,17 @@ def _check_data_dir(folder: str, place: Place) -> None:
         place.problem(f"{existing} is not a directory")
     elif not os.access(existing, os.W_OK | os.X_OK):
         place.problem(f"{existing} cannot be written by user {os.geteuid()}; choose another directory or change its owner")
+
+
+def _check_privacy(folder: str, place: Place) -> None:
+    """Note a data directory that is not the server's alone; one of its own is closed to others at start."""
+    with contextlib.suppress(OSError):
+        status = os.stat(folder)
+        if status.st_mode & stat.S_ISVTX and status.st_mode & stat.S_IWOTH:
+            place.problem(f"{folder} is everyone's; choose a folder in it, which the server can keep to itself")
+        elif status.st_uid not in (0, os.geteuid()) or (status.st_mode & stat.S_IWOTH and status.st_uid != os.geteuid()):
+            place.warning(f"{folder} belongs to user {status.st_uid} (mode {stat.S_IMODE(status.st_mode):04o}), so others can change what is in it; "
+                          f"give it to the server's user {os.geteuid()}, mode 0700")
 
 
 # Beside connections: the database, logs, pipes of commands.

@@ -12,6 +12,7 @@ import threading
 
 import pytest
 
+import hookshot
 import support
 from support import KEY, Host, running, service, wait_until
 
@@ -158,6 +159,76 @@ def test_commands_get_the_services_umask_not_the_servers(tmp_path):
         host.wait(host.deploy())
         host.wait(host.deploy(service="api"))
         assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("made", "closed")] == [0o644, 0o600]
+
+
+# --- who else could change what runs here
+
+
+def look_at(host: Host) -> tuple[list[str], list[str]]:
+    """Return the errors and the warnings that `validate` and `run` have for this host."""
+    problems: list[hookshot.Problem] = []
+    paths = str(host.config), str(host.services)
+    settings = hookshot.read_settings(*paths, problems)
+    hookshot.check_host(settings, *paths, os.environ, problems)
+    hookshot.load_keyring(*settings, hookshot.SecretSurroundings({}, None), paths[0], problems)
+    return [str(problem) for problem in problems if not problem.is_warning], [str(problem) for problem in problems if problem.is_warning]
+
+
+@pytest.mark.parametrize("name", ["config", "services"])
+def test_a_file_that_every_user_may_write_is_refused(tmp_path, name):
+    """Whoever may write services.toml decides what runs. A link is followed, as configuration management makes them."""
+    host = Host(tmp_path, service())
+    assert look_at(host) == ([], [])
+    file = getattr(host, name)
+    (tmp_path / "files").mkdir()
+    file.rename(tmp_path / "files/kept")
+    file.symlink_to("files/kept")
+    assert look_at(host) == ([], [])
+    (tmp_path / "files/kept").chmod(0o666)
+    errors, warnings = look_at(host)
+    assert errors == [f"{file}: {tmp_path}/files/kept can be changed by every user of this host (mode 0666); run chmod o-w on it"] and warnings == []
+    code, said = refuse(host)
+    assert code == 78 and "chmod o-w" in said and not host.data.exists()
+
+
+def test_a_file_that_its_group_may_read_and_a_folder_as_tmp_are_ordinary(tmp_path):
+    host = Host(tmp_path, service())
+    host.config.chmod(0o640)
+    host.services.chmod(0o664 if host.services.stat().st_gid == os.getegid() else 0o644)
+    tmp_path.chmod(0o1777)
+    assert look_at(host) == ([], [])
+
+
+def test_a_folder_in_which_everyone_may_put_another_file_is_warned_of(tmp_path):
+    host = Host(tmp_path / "open", service())
+    host.folder.chmod(0o777)
+    errors, warnings = look_at(host)
+    assert errors == [] and [warning.partition(":")[0] for warning in warnings] == [str(path) for path in (host.config, host.services, host.secrets)]
+    assert all(f"{host.folder} can be changed by every user of this host (mode 0777); run chmod o-w on it" in warning for warning in warnings)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_belongs_to_others_is_warned_of(tmp_path):
+    host = Host(tmp_path, service())
+    host.data.mkdir()
+    os.chown(host.services, 4321, 0)
+    os.chown(host.config, 0, 4321)
+    host.config.chmod(0o664)
+    os.chown(host.data, 4321, 0)
+    errors, warnings = look_at(host)
+    assert errors == [] and len(warnings) == 3
+    assert "can be changed by group 4321 (mode 0664)" in warnings[0] and "services.toml belongs to user 4321, who can change it" in warnings[1]
+    assert f"storage.data_dir: {host.data} belongs to user 4321" in warnings[2]
+
+
+def test_a_data_directory_that_is_everyones_is_refused_and_left_as_it_is(tmp_path):
+    """As /tmp: closing it, which is done to a data directory, would harm the whole host."""
+    host = Host(tmp_path, service())
+    host.data.mkdir()
+    host.data.chmod(0o1777)
+    code, said = refuse(host)
+    assert code == 78 and f"{host.data} is everyone's; choose a folder in it" in said
+    assert stat.S_IMODE(host.data.stat().st_mode) == 0o1777
 
 
 # --- secrets and environment
