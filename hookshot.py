@@ -27,7 +27,8 @@ Down the page is up the stack: a section uses only sections above it (ASSETS, th
     1 ERRORS      2 VALUES     3 TEMPLATES    4 CONFIG    5 WIRE      6 LIFECYCLE   7 PLAN
     9 EVENTS     10 METRICS   11 WORLD       12 LOG      13 STORE    14 SECRETS    15 RUN
    16 NOTIFY     17 ENGINE
-   18 API        19 SERVER    20 BACKUP      21 DAEMON   22 CLIENT    23 CLI        A ASSETS
+   18 API        19 SERVER    20 BACKUP      21 DAEMON   22 CLIENT    23 DOCTOR     24 CLI
+    A ASSETS
 """
 
 import sys
@@ -52,6 +53,7 @@ import hmac
 import http
 import http.client
 import http.server
+import importlib
 import ipaddress
 import itertools
 import json
@@ -462,6 +464,25 @@ def parse_listen(value: object) -> ListenAddress:
     if not match or int(match[3]) > 65535:
         raise ValueError(f"{render_value(value)} is not host:port; write \"127.0.0.1:8080\", \":8080\", \"[::1]:8080\", \"unix:/path\" or \"systemd:NAME\"")
     return ListenAddress(match[1] or match[2] or "", int(match[3]))
+
+
+# Validity of a certificate (RFC 5280, 4.1.2.5): two times, each of two digits of the year (UTCTime) or of four.
+_VALIDITY = re.compile(rb"\x30[\x1e-\x22](?:\x17\x0d|\x18\x0f)([0-9]{12,14})Z(?:\x17\x0d|\x18\x0f)([0-9]{12,14})Z")
+
+
+def parse_validity(pem: str) -> tuple[str, str] | None:
+    """Return from when and until when the first certificate of a file is valid, as RFC 3339 UTC; None if that cannot be found."""
+    body = pem.partition("-----BEGIN CERTIFICATE-----")[2].partition("-----END")[0]
+    try:
+        match = _VALIDITY.search(base64.b64decode(body))
+    except ValueError:
+        return None
+    return (_parse_asn1_time(match[1].decode()), _parse_asn1_time(match[2].decode())) if match else None
+
+
+def _parse_asn1_time(text: str) -> str:
+    full = text if len(text) == 14 else ("20" if text < "50" else "19") + text
+    return f"{full[:4]}-{full[4:6]}-{full[6:8]}T{full[8:10]}:{full[10:12]}:{full[12:]}Z"
 
 
 class ImageName(NamedTuple):
@@ -3316,10 +3337,10 @@ class Protection(NamedTuple):
     is_locked: bool | None
 
     def __str__(self) -> str:
-        words = {True: ("may dump core", "can be read by other programs of its user"),
-                 False: ("dumps no core", "cannot be read by other programs of its user"), None: ("core dumps unknown", "readability unknown")}
-        swapped = {True: "is never swapped out", False: "may be swapped out", None: "swapping unknown"}
-        return f"{words[self.dumps_core][0]}, {words[self.is_dumpable][1]}, {swapped[self.is_locked]}"
+        facts = ((self.dumps_core, "may dump core", "dumps no core"),
+                 (self.is_dumpable, "can be read by other programs of its user", "cannot be read by other programs of its user"),
+                 (self.is_locked, "is never swapped out", "may be swapped out"))
+        return ", ".join(no if value is False else yes if value else f"perhaps {yes}" for value, yes, no in facts)
 
 
 def read_protection(pid: int | None = None) -> Protection:
@@ -3364,6 +3385,72 @@ def erase_variable(name: str) -> None:
             ctypes.memset(address, 0, len(ctypes.string_at(address)))
     except (ImportError, AttributeError):
         pass
+
+
+def is_clock_synchronised() -> bool | None:
+    """Return what the kernel was told of the clock by whoever keeps it (adjtimex(2), asked only), or None if it does not say."""
+    with contextlib.suppress(ImportError, AttributeError):
+        import ctypes
+
+        state = _libc().adjtimex(ctypes.create_string_buffer(512))  # struct timex has 208 bytes
+        return None if state < 0 else state != 5
+    return None
+
+
+def file_system_of(path: str) -> str | None:
+    """Return the type of the file system that a path lies on, as /proc/self/mountinfo names it, or None."""
+    found, device = None, os.stat(path).st_dev
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            mount, _, rest = line.partition(" - ")
+            if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
+                found = rest.split()[0]
+    return found
+
+
+def find_listener(port: int) -> str | None:
+    """Return the name and pid of who listens on a TCP port, as far as /proc shows it to this user."""
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
+            rows = [line.split() for line in file]
+            sockets |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    for process in list_processes() if sockets else ():
+        with contextlib.suppress(OSError):
+            if any(os.readlink(entry.path) in sockets for entry in os.scandir(f"/proc/{process.pid}/fd")):
+                with open(f"/proc/{process.pid}/comm", encoding="utf-8", errors="replace") as file:
+                    return f"{file.read().strip()} (pid {process.pid})"
+    return None
+
+
+def read_file_limit(pid: int) -> int | None:
+    """Return how many descriptors a process may have open, or None if that cannot be known or has no limit."""
+    limit = _find_number(f"/proc/{pid}/limits", r"Max open files +(\d+)")
+    return None if limit is None else int(limit)
+
+
+def read_unit(pid: int) -> str | None:
+    """Return the systemd service that a process belongs to, by its control group."""
+    return _find_number(f"/proc/{pid}/cgroup", r"([^/\n]+\.service)(?:/|$)")
+
+
+def owner_of(path: str) -> Account | None:
+    """Return the account that a file or, by its folder in /proc, a process belongs to; None if there is none."""
+    with contextlib.suppress(OSError, KeyError):
+        return find_account(pwd.getpwuid(os.stat(path).st_uid).pw_name, None)
+    return None
+
+
+def find_closed(path: str, account: Account) -> str | None:
+    """Return the first folder on the way to a program or folder, or itself, that its mode closes to an account; ACLs are not looked at."""
+    real = os.path.realpath(path)
+    steps = [real[:end] or "/" for end, letter in enumerate(real) if letter == "/"] + [real]
+    for step in steps:
+        status = os.stat(step)
+        bit = stat.S_IXUSR if account.uid == status.st_uid else stat.S_IXGRP if status.st_gid in account.groups else stat.S_IXOTH
+        if not status.st_mode & (0o111 if account.uid == 0 else bit):
+            return step
+    return None
 
 
 def free_bytes(path: str) -> int:
@@ -5184,6 +5271,50 @@ def count_unfinished(path: str) -> int | None:
         return None
 
 
+class DatabaseReport(NamedTuple):
+    """What was found in a database: schema, bytes, when something last happened; what is wrong with it, or None; whether all was looked at."""
+
+    version: int
+    size_bytes: int
+    wal_bytes: int
+    unused_bytes: int
+    latest_ms: int
+    problem: str | None
+    is_complete: bool
+
+
+_FACTS = ("PRAGMA user_version", "PRAGMA page_count", "PRAGMA freelist_count", "PRAGMA page_size")
+
+
+def examine_database(path: str, is_late: Callable[[], bool]) -> DatabaseReport:
+    """Look through a database that a server may be using, until `is_late`; raise `storage` if it cannot be read."""
+    wal = path + "-wal"
+    mode = "mode=ro" if os.path.exists(wal) else "immutable=1"
+    problem, is_complete, latest_ms = None, True, 0
+    try:
+        with contextlib.closing(_open_existing(path, mode)) as db:
+            version, pages, unused, page_bytes = (db.execute(fact).fetchone()[0] for fact in _FACTS)
+            if 0 < version <= len(MIGRATIONS):
+                latest_ms = db.execute("SELECT coalesce(max(max(queued_ms, coalesce(completed_ms, 0))), 0) FROM deployments").fetchone()[0]
+            # Asked every 10,000 instructions of SQLite's machine: some milliseconds.
+            db.set_progress_handler(is_late, 10_000)
+            try:
+                problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+                    raise
+                is_complete = False
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        raise _storage_error(error) from None
+    size = os.path.getsize(wal) if os.path.exists(wal) else 0
+    return DatabaseReport(version, pages * page_bytes, size, unused * page_bytes, latest_ms, None if problem in (None, "ok") else clip(escape_controls(problem), 100), is_complete)
+
+
+def describe_sqlite() -> tuple[str, bool]:
+    """Return the version of SQLite, and whether it may be used by several threads."""
+    return sqlite3.sqlite_version, sqlite3.threadsafety > 0
+
+
 # --- the audit of a data directory, read by another process
 
 
@@ -5266,6 +5397,8 @@ class Keyring(NamedTuple):
 
     values: Mapping[str, bytes]
     masker: Masker
+    # By name: the source that a secret was taken from.
+    origins: Mapping[str, str] = {}
 
     def pick(self, names: Iterable[str]) -> dict[str, bytes]:
         """Return the named secrets that are there."""
@@ -5408,15 +5541,18 @@ def load_keyring(config: Config, services: Services, surroundings: SecretSurroun
     if config.secrets.source == "auto" and config.secrets.command and "command" not in names:
         names = (*names, "command")
     values: dict[str, bytes] = {}
+    origins: dict[str, str] = {}
     for name in names or ():
         try:
             found = _SECRET_SOURCES[name](config.secrets, surroundings, place)
         except OSError as error:  # a disk that fails while it is read
             place.problem(f"source {name} cannot be read: {error.strerror}")
             continue
-        values |= found | values
+        for secret, value in found.items():
+            values.setdefault(secret, value)
+            origins.setdefault(secret, name)
     _check_secrets(values, config, services, place)
-    return Keyring(values, Masker([*values.values(), *_confidential_texts(config.notifications)]))
+    return Keyring(values, Masker([*values.values(), *_confidential_texts(config.notifications)]), origins)
 
 
 def describe_secrets(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> list[str]:
@@ -10054,6 +10190,26 @@ class Listener(http.server.ThreadingHTTPServer):
         self._app.publish(Trouble("answer_broken", error.sentence, request_id=request.request_id) if isinstance(error, HookshotError) else Broken("answer", error, request.request_id))
 
 
+def why_not_bound(address: ListenAddress) -> int:
+    """Return 0 if this process could listen on an address now, else the error's number. Nobody can connect meanwhile: nothing listens."""
+    if address.path:
+        with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            is_socket = stat.S_ISSOCK(os.stat(address.path, follow_symlinks=False).st_mode)
+            return errno.EEXIST if not is_socket else errno.EADDRINUSE if probe.connect_ex(address.path) in (0, errno.EAGAIN) else 0
+        return 0
+    family = socket.AF_INET6 if ":" in address.host or (not address.host and socket.has_dualstack_ipv6()) else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, bool(address.host))
+            probe.bind((address.host, address.port))
+    except OSError as error:
+        return error.errno or errno.EADDRNOTAVAIL
+    return 0
+
+
 # The first descriptor after stdin, stdout and stderr (SD_LISTEN_FDS_START of sd_listen_fds(3)).
 _FIRST_PASSED = 3
 
@@ -11261,7 +11417,13 @@ def _check_privacy(folder: str, place: Place) -> None:
 
 
 # Beside connections: the database, logs, pipes of commands.
-OTHER_DESCRIPTORS = 100
+_OTHER_DESCRIPTORS = 100
+
+
+def descriptors_needed(server: Server) -> int:
+    """Return how many descriptors a server may need at once."""
+    # Who follows a log has that open too.
+    return 2 * server.max_connections + _OTHER_DESCRIPTORS
 
 
 def _check_server(config: Config, place: Place) -> None:
@@ -11274,8 +11436,7 @@ def _check_server(config: Config, place: Place) -> None:
             (place / "listen").warning(f"{listen} may speak plain HTTP beyond this host, and others then read what is sent; "
                                        "set [server.tls], or put a TLS proxy in front and name it in security.trusted_proxies")
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    # Who follows a log has that open too.
-    if descriptors != resource.RLIM_INFINITY and 2 * server.max_connections + OTHER_DESCRIPTORS > descriptors:
+    if descriptors != resource.RLIM_INFINITY and descriptors_needed(server) > descriptors:
         (place / "max_connections").warning(f"{server.max_connections} connections may need more than the {descriptors} descriptors that this "
                                             "process may open; raise LimitNOFILE (ulimit -n)")
 
@@ -11971,6 +12132,15 @@ class Trust(NamedTuple):
         return context
 
 
+def url_of(server: Server) -> str:
+    """Return the URL of a server on this host: a TCP address if it has one at which no client certificate is asked for."""
+    addresses = [address for address in server.listen if not address.is_awaited]
+    if not addresses:
+        raise HookshotError("usage", "server.listen names only sockets of systemd; say where the server is with --url or HOOKSHOT_URL")
+    address = next((address for address in addresses if bool(address.path) == bool(server.tls.client_ca)), addresses[0])
+    return address.url(is_tls=bool(server.tls.cert) and not address.path)
+
+
 class _UnixConnection(http.client.HTTPConnection):
     """HTTP over a unix socket."""
 
@@ -12004,6 +12174,15 @@ class Client:
         """Return the document of a read; raise the server's error as ours."""
         with self._open("GET", path, b"", {}) as response:
             return self._document(response).document
+
+    def ready(self) -> tuple[bool, str]:
+        """Return whether the server takes deploys, and what it says of that."""
+        with self._open("GET", "/ready", b"", {}) as response:
+            try:
+                document = json.loads(response.read(_MAX_ANSWER_BYTES))
+                return document["ready"] is True, escape_controls(str(document["message"]))
+            except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+                raise HookshotError("unreachable", f"{self.url} answers, but not as a Hookshot server does") from None
 
     def post(self, body: bytes, *, path: str = "/deploy", message_id: str | None = None, wait_s: int | None = None) -> Reply:
         """Send a signed request, a deploy if no path is given. Outcomes of a deployment are replies; refusals are raised.
@@ -12293,7 +12472,427 @@ def wait_for_outcome(ask: Ask, deadline: float) -> Mapping[str, Any] | None:
     return None
 
 
-# === 23. CLI ==========================================================================================================
+# === 23. DOCTOR =======================================================================================================
+# Looks at a host as it is and says what is well, what is doubtful and what is wrong, with what to do.
+#
+# 1. It changes nothing and needs nothing stopped. A key of config.toml that is wrong counts as its default; a service
+#    that is wrong is left out.
+# 2. Each check has a deadline: a file system or a server that hangs costs one line, not the answer.
+# 3. A line is true of this host as the user who asks sees it, and never holds a secret.
+
+# Long for anything that works, short for who waits.
+_CHECK_PATIENCE_S = 5.0
+# A command that brings them may take 30.
+_SECRETS_PATIENCE_S = 40.0
+_DATABASE_PATIENCE_S = 20.0
+# Over a network locks and the shared memory of the write-ahead log do not work as SQLite needs them (sqlite.org/wal.html).
+_NETWORK_FILE_SYSTEMS = re.compile(r"nfs\d?|cifs|smb\w*|9p|ceph|afs|lustre|gfs2?|ocfs2|glusterfs|fuse\.(?:sshfs|glusterfs|s3fs|rclone)", re.ASCII)
+_FLEETING_FILE_SYSTEMS = ("tmpfs", "ramfs")
+# Ten times what makes the server refuse deploys.
+_LOW_DISK_BYTES = 10 * DISK_RESERVE_BYTES
+_LOW_INODES = 1000
+# Renewals are mostly tried 30 days ahead: then something is wrong with them.
+_EXPIRY_WARNING_DAYS = 14
+# A log that is never folded into the database: somebody keeps an old state open.
+_LARGE_WAL_BYTES = 256 << 20
+_UNIT = "hookshot.service"
+
+
+class Finding(NamedTuple):
+    """One line of the answer: "ok", "warn" or "fail", which check, what it found, and what to do."""
+
+    status: str
+    check: str
+    message: str
+    advice: str = ""
+
+
+class Host(NamedTuple):
+    """What is known before the checks: both files as far as they are right, secrets, and the server that uses the data directory."""
+
+    config: Config
+    services: Services
+    keyring: Keyring
+    # By the check that tells them.
+    problems: Mapping[str, Sequence[Problem]]
+    environ: Mapping[str, str]
+    # The pid of the server, and whom it runs as, or would: who owns the data directory, or else who asks.
+    server: int | None
+    account: Account | None
+
+
+Remark = tuple[str, str, str]
+
+
+class _Reading:
+    """Reads step by step, each with its deadline: what cannot be had is a problem of the check that tells it, and a stand-in."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self.problems: dict[str, list[Problem]] = {}
+
+    def take(self, check: str, work: Callable[[list[Problem]], Any], otherwise: Any, patience_s: float = _CHECK_PATIENCE_S) -> Any:
+        """Return what `work` gives, which adds to the problems, or `otherwise`."""
+        problems: list[Problem] = []
+        found = _within(patience_s, lambda: iter([work(problems)]))
+        if not isinstance(found, list):
+            problems = [Problem(self._path, "", f"what it names cannot be looked at: {found}; see what hangs there")]
+        self.problems[check] = self.problems.get(check, []) + problems
+        return found[0] if isinstance(found, list) else otherwise
+
+
+def _read_host(config_path: str, services_path: str, environ: Any) -> Host:
+    """Read all that the configuration names; what is wrong is among the problems."""
+    reading, defaults = _Reading(config_path), load_config("", config_path, [], default_places(config_path))
+    settings = reading.take("files", functools.partial(read_settings, config_path, services_path), Settings(defaults, Services({})))
+    wrong = {problem.path.partition(".")[0] for problem in reading.problems["files"] if not problem.is_warning}
+    config = _mend(settings.config, defaults)
+    services = Services({name: service for name, service in settings.services.by_name.items() if f'service "{name}"' not in wrong})
+    surroundings = SecretSurroundings.take(environ, config.secrets.secret_prefix)
+    server, account = reading.take("host", lambda problems: _look_for_server(config.storage.data_dir), (None, None))
+    there = {os.fsdecode(name): os.fsdecode(value) for name, value in read_environment(server).items()} if server else {}
+    surroundings = surroundings._replace(credentials=surroundings.credentials or there.get("CREDENTIALS_DIRECTORY"))
+    seen = {**environ, "PATH": there.get("PATH") or environ.get("PATH", DEFAULT_PATH)}
+    reading.take("host", functools.partial(check_host, Settings(config, services), config_path, services_path, seen), None)
+    keyring = reading.take("secrets", functools.partial(load_keyring, config, services, surroundings, config_path), Keyring({}, Masker([])), _SECRETS_PATIENCE_S)
+    reading.take("secrets", lambda problems: check_channels(config.notifications, keyring.values, Place(config_path, "notifications", problems)), None)
+    reading.take("tls", lambda problems: load_tls(config.server.tls, Place(config_path, "server.tls", problems)), None)
+    return Host(config, services, keyring, reading.problems, seen, server, account)
+
+
+def _mend(table: Any, defaults: Any) -> Any:
+    """Return a table of the configuration with defaults for what is wrong in it."""
+    if hasattr(defaults, "_fields"):
+        return table._replace(**{name: _mend(getattr(table, name), getattr(defaults, name)) for name in defaults._fields})
+    if isinstance(table, tuple) and None in table:
+        return tuple(entry for entry in table if entry is not None) or defaults
+    return defaults if table is None else table
+
+
+def _look_for_server(data_dir: str) -> tuple[int | None, Account | None]:
+    with contextlib.suppress(OSError):
+        holder = FolderLock.holder(data_dir)
+        pid = int(holder) if holder and holder.isdecimal() else None
+        return pid, owner_of(f"/proc/{pid}" if pid else data_dir)
+    return None, owner_of(data_dir)
+
+
+def examine(config_path: str, services_path: str, environ: Any) -> Iterator[Finding]:
+    """Yield what each of CHECKS finds, as it is found."""
+    host = _read_host(config_path, services_path, environ)
+    for name, check in CHECKS.items():
+        found = _within(check.patience_s, functools.partial(check.run, host))
+        if isinstance(found, list):
+            yield from (Finding(status, name, message, advice) for status, message, advice in found)
+        else:
+            yield Finding("fail", name, f"cannot be looked at: {found}", "see what hangs there")
+
+
+def _within(patience_s: float, work: Callable[[], Iterator[Any]]) -> list[Any] | str:
+    """Return what `work` yields, or why it cannot be had in time. A thread that hangs is left behind: nothing else can be done with it."""
+    found: list[Any] = []
+    why = [f"it takes more than {patience_s:g} s"]
+
+    def run() -> None:
+        try:
+            found.extend(work())
+            why.clear()
+        except HookshotError as error:
+            why[0] = error.sentence
+        except Exception as error:
+            why[0] = f"{type(error).__name__}: {error}"
+
+    thread = threading.Thread(target=run, name="doctor", daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    return found if not why else why[0]
+
+
+def _tell(problems: Iterable[Problem], well: str) -> Iterator[Remark]:
+    """Yield the problems of validate(), or that there are none."""
+    for problem in problems or ():
+        message, _, advice = str(problem).partition("; ")
+        yield "warn" if problem.is_warning else "fail", message, advice
+    if not problems:
+        yield "ok", well, ""
+
+
+# --- the checks
+
+
+def _examine_python(host: Host) -> Iterator[Remark]:
+    uses = {"ssl": "TLS and https notices", "ctypes": "protection of memory", "zlib": "compression"}
+    missing = []
+    for name in uses:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            missing.append(name)
+    for name in missing:
+        yield "warn", f"module {name} is missing, so there is no {uses[name]}", "install it, or another Python, if that is wanted"
+    yield "ok", f"{'.'.join(map(str, sys.version_info[:3]))}{'' if missing else ' with ' + ', '.join(uses)}", ""
+
+
+def _examine_sqlite(host: Host) -> Iterator[Remark]:
+    version, has_threads = describe_sqlite()
+    if has_threads:
+        yield "ok", version, ""
+    else:
+        yield "fail", f"{version} was built without threads", "install another Python"
+
+
+def _examine_files(host: Host) -> Iterator[Remark]:
+    names = ", ".join(host.services.by_name) or "none"
+    yield from _tell(host.problems["files"], f"config.toml and services.toml are right; services: {names}")
+
+
+def _examine_surroundings(host: Host) -> Iterator[Remark]:
+    yield from _tell(host.problems["host"], "directories, accounts and programs are there, and nobody else can change the files")
+
+
+def _examine_secrets(host: Host) -> Iterator[Remark]:
+    for status, message, advice in _tell(host.problems["secrets"], ""):
+        if host.server and " is not found in any source" in message:
+            yield "warn", message, "if the server that runs has it from its own environment or credentials, all is well: they cannot be seen from here"
+        elif message:
+            yield status, message, advice
+    for name, value in sorted(host.keyring.values.items()):
+        yield "ok", f"{name} has {len(value)} bytes, from {host.keyring.origins[name]}", ""
+
+
+def _examine_user(host: Host) -> Iterator[Remark]:
+    if not host.account:
+        yield "ok", f"{own_user()}; whom the server would run as is not known yet", ""
+    elif host.account.name != own_user():
+        yield "warn", f"this is {own_user()}, the server's user is {host.account.name}: modes, secrets and limits are told as {own_user()} sees them", \
+            f"for its own view: sudo -u {host.account.name} hookshot doctor"
+    else:
+        yield "ok", f"{own_user()}, as the server", ""
+
+
+def _examine_memory(host: Host) -> Iterator[Remark]:
+    if not host.server:
+        # As `run` does: then the kernel says what a server of this user would have.
+        lock_memory()
+    found = read_protection(host.server)
+    whose = f"the server (pid {host.server})" if host.server else "a server started like this"
+    if found.dumps_core or found.is_dumpable:
+        yield "warn", f"{whose} {found}", "install Python's ctypes"
+    elif found.is_locked is False:
+        # Only with a swap that is not encrypted, and few hosts give this right: no warning each time.
+        yield "ok", f"{whose} {found}", "LimitMEMLOCK=infinity or CAP_IPC_LOCK lets it lock its memory"
+    else:
+        yield "ok", f"{whose} {found}", ""
+
+
+def _examine_limits(host: Host) -> Iterator[Remark]:
+    need = descriptors_needed(host.config.server)
+    limit = read_file_limit(host.server) if host.server else None
+    if not host.server:
+        yield "ok", f"the server may need {need} descriptors", ""
+    elif limit is not None and limit < need:
+        yield "warn", f"the server may open {limit} descriptors and may need {need}", "raise LimitNOFILE, or lower server.max_connections"
+    else:
+        yield "ok", f"the server may open {'any number of' if limit is None else limit} descriptors, and may need {need}", ""
+
+
+def _examine_clock(host: Host) -> Iterator[Remark]:
+    path = os.path.join(host.config.storage.data_dir, "state.db")
+    ahead_ms = 0
+    # One that cannot be read is told by "database".
+    with contextlib.suppress(HookshotError):
+        ahead_ms = examine_database(path, lambda: True).latest_ms - now_ms() if os.path.exists(path) else 0
+    if ahead_ms > 1000:
+        yield "fail", f"the clock is {render_duration(ahead_ms)} behind the newest deployment", "set it right, or signatures with a time are refused"
+    is_right = is_clock_synchronised()
+    if is_right is False:
+        yield "warn", f"{render_time(now_ms())}, and nothing keeps it right", "run chrony or systemd-timesyncd: signatures with a time are good for " \
+            f"{host.config.security.replay_window} s"
+    else:
+        yield "ok", f"{render_time(now_ms())}, {'kept right' if is_right else 'whether it is kept right is not known'}", ""
+
+
+def _examine_disk(host: Host) -> Iterator[Remark]:
+    for key, folder in (("storage.data_dir", host.config.storage.data_dir), ("logging.directory", host.config.logging.directory)):
+        while folder and not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        if folder:
+            yield from _examine_room(key, folder)
+
+
+def _examine_room(key: str, folder: str) -> Iterator[Remark]:
+    status, kind = os.statvfs(folder), file_system_of(folder)
+    free, where = free_bytes(folder), f"{key}: {folder} ({kind or 'unknown file system'})"
+    if free < DISK_RESERVE_BYTES:
+        yield "fail", f"{where} has only {render_size(free)} free: deploys are refused", "free some space"
+    elif free < _LOW_DISK_BYTES:
+        yield "warn", f"{where} has only {render_size(free)} free", f"free some space: below {render_size(DISK_RESERVE_BYTES)} deploys are refused"
+    else:
+        yield "ok", f"{where} has {render_size(free)} free", ""
+    # Some file systems (btrfs) have as many as there is room for, and say 0.
+    if status.f_files and status.f_favail < _LOW_INODES:
+        yield ("warn" if status.f_favail else "fail"), f"{where} has room for {status.f_favail} more files", "remove some"
+    if key == "storage.data_dir" and kind and _NETWORK_FILE_SYSTEMS.fullmatch(kind):
+        yield "warn", f"{where} is a network file system: the database can be damaged there", "use a local disk"
+    if key == "storage.data_dir" and kind in _FLEETING_FILE_SYSTEMS:
+        yield "warn", f"{where} is memory: deployments are lost at the next boot", "use a disk"
+
+
+def _examine_database(host: Host) -> Iterator[Remark]:
+    path = os.path.join(host.config.storage.data_dir, "state.db")
+    if not os.path.exists(path):
+        yield "ok", f"{path} does not exist yet; the first start makes it", ""
+        return
+    deadline = time.monotonic() + _DATABASE_PATIENCE_S / 2
+    found, newest = examine_database(path, lambda: time.monotonic() > deadline), len(MIGRATIONS)
+    if found.version > newest:
+        yield "fail", f"{path} was written by a newer hookshot (schema {found.version}, this one knows {newest})", "run that version, or restore an older backup"
+    elif found.problem:
+        yield "fail", f"{path} is damaged ({found.problem})", "stop the server and restore a backup"
+    else:
+        state = "sound" if found.is_complete else "sound as far as it was looked at"
+        update = f"; the next start updates its schema from {found.version} to {newest}" * (found.version < newest)
+        yield "ok", f"{path} is {state}: {render_size(found.size_bytes)}, {render_size(found.unused_bytes)} of it unused, {render_size(found.wal_bytes)} " \
+            f"in the write-ahead log{update}", ""
+    if found.wal_bytes > _LARGE_WAL_BYTES:
+        yield "warn", f"{path}-wal has grown to {render_size(found.wal_bytes)}", "end what keeps the database open beside the server (a backup, sqlite3)"
+
+
+def _examine_listening(host: Host) -> Iterator[Remark]:
+    server = host.config.server
+    if host.server and all(address.is_awaited for address in server.listen):
+        yield "ok", f"runs (pid {host.server}) on what systemd has passed", ""
+    elif host.server and any(address.path or address.port for address in server.listen):
+        yield from _examine_answer(host.server, Client(url_of(server), None, None, Trust(server.tls.cert or None, is_pinned=bool(server.tls.cert))))
+    elif host.server:
+        yield "ok", f"runs (pid {host.server}) on a port of the kernel's choice, as server.listen asks", ""
+    for address in server.listen if not host.server else ():
+        if address.is_awaited:
+            yield "ok", f"{address} is for systemd to pass; no server runs", ""
+            continue
+        number = why_not_bound(address)
+        if not number:
+            yield "ok", f"{address} is free; no server runs", ""
+        elif number == errno.EADDRINUSE:
+            who = find_listener(address.port) if address.port else None
+            yield "fail", f"{address} is used by {who or 'another program'}", "end it, or choose another address in server.listen"
+        else:
+            yield "fail", f"{address} cannot be listened on by {own_user()}: {os.strerror(number)}", "choose another address in server.listen, or see its rights"
+
+
+def _examine_answer(pid: int, client: Client) -> Iterator[Remark]:
+    try:
+        is_ready, message = client.ready()
+    except HookshotError as error:
+        yield "fail", f"a server runs (pid {pid}), but {error.sentence}", "was it started with --bind or --port, or before server.listen was changed?"
+        return
+    yield ("ok" if is_ready else "warn"), f"{client.url} answers: {message} (pid {pid})", "" if is_ready else "wait, and look again"
+
+
+def _examine_commands(host: Host) -> Iterator[Remark]:
+    count, path = 0, host.environ["PATH"]
+    for service in host.services.by_name.values():
+        with contextlib.suppress(ValueError):  # an account that does not exist: told by "host"
+            account = find_account(service.user, service.group) or host.account
+            if not account or (account.name == own_user() and not service.user):
+                continue
+            for where, name in _names_of(service, path):
+                count += 1
+                if os.path.exists(name) and (closed := find_closed(name, account)):
+                    yield "warn", f'service "{service.name}", {where}: {name} cannot be reached by {account.name}: {closed} is closed to it', \
+                        "see its mode, unless an ACL opens it"
+    yield "ok", f"{count} looked at for users other than {own_user()}" if count else f"all run as {own_user()}; see host", ""
+
+
+def _names_of(service: Service, path: str) -> Iterator[tuple[str, str]]:
+    """Yield the programs and working directories of a service that are known before a deployment, and where they stand."""
+    for where, commands, _ in service_commands(service):
+        for index, command in enumerate(commands):
+            folder, program = command.working_dir or service.working_dir or "/", command.run[0]
+            yield f"{where}[{index}]", folder
+            if not program.inserts and (name := os.path.join(folder, program.text) if "/" in program.text else shutil.which(program.text, path=path)):
+                yield f"{where}[{index}]", name
+
+
+def _examine_certificate(host: Host) -> Iterator[Remark]:
+    files = host.config.server.tls
+    if not files.cert:
+        yield "ok", "off", ""
+        return
+    yield from _tell(host.problems["tls"], f"{files.cert} and {files.key} belong together")
+    with contextlib.suppress(OSError, ValueError):
+        if validity := parse_validity(read_text(files.cert)):
+            day = render_time(now_ms() + _EXPIRY_WARNING_DAYS * 86_400_000)
+            if not validity[0] <= render_time(now_ms()) < validity[1]:
+                yield "fail", f"{files.cert} is valid from {validity[0]} until {validity[1]}, and not now", "renew it and send the server SIGHUP, or set the clock right"
+            elif validity[1] < day:
+                yield "warn", f"{files.cert} expires at {validity[1]}", "renew it and send the server SIGHUP"
+            else:
+                yield "ok", f"{files.cert} is valid until {validity[1]}", ""
+
+
+def _examine_unit(host: Host) -> Iterator[Remark]:
+    name = host.server and read_unit(host.server) or _UNIT
+    facts = _ask_systemd(name, host.environ)
+    if facts is None:
+        yield "ok", "systemd does not manage this host", ""
+    elif facts.get("LoadState") != "loaded":
+        yield "warn", f"{name} is {facts.get('LoadState')}, so nothing starts the server at boot", "install the unit that `hookshot show unit` prints"
+    else:
+        remarks = list(_judge_unit(name, facts))
+        yield from remarks or [("ok", f"{name} is loaded, Type={facts.get('Type')}, User={facts.get('User') or 'root'}", "")]
+
+
+def _ask_systemd(name: str, environ: Mapping[str, str]) -> dict[str, str] | None:
+    """Return what systemd says of a unit, or None where it does not run."""
+    properties = ("LoadState", "Type", "User", "KillMode", "WatchdogUSec", "NeedDaemonReload", "TimeoutStopUSec")
+    try:
+        done = subprocess.run(["systemctl", "show", name, f"--property={','.join(properties)}"], stdin=subprocess.DEVNULL, capture_output=True,
+                              env=dict(environ), timeout=_CHECK_PATIENCE_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return dict(line.split("=", 1) for line in done.stdout.decode("utf-8", "replace").splitlines() if "=" in line) if done.returncode == 0 else None
+
+
+def _judge_unit(name: str, facts: Mapping[str, str]) -> Iterator[Remark]:
+    if not facts.get("Type", "").startswith("notify"):
+        yield "warn", f"{name} has Type={facts.get('Type')}, so systemd does not know when the server is ready", "set Type=notify"
+        if facts.get("WatchdogUSec") not in ("0", "infinity", None):
+            yield "warn", f"{name} has WatchdogSec={facts['WatchdogUSec']} without Type=notify: systemd may end a server that is well", "set Type=notify, or leave WatchdogSec out"
+    if facts.get("KillMode") not in ("mixed", None):
+        yield "warn", f"{name} has KillMode={facts['KillMode']}, so a stop does not let running deployments end", "set KillMode=mixed"
+    if facts.get("NeedDaemonReload") == "yes":
+        yield "warn", f"{name} was changed and systemd has not read it", "run systemctl daemon-reload"
+
+
+class HostCheck(NamedTuple):
+    """One row of CHECKS: what looks, what it looks at, and how long it may take."""
+
+    run: Callable[[Host], Iterator[Remark]]
+    doc: str
+    patience_s: float = _CHECK_PATIENCE_S
+
+
+CHECKS: dict[str, HostCheck] = {
+    "python": HostCheck(_examine_python, "version and optional modules"),
+    "sqlite": HostCheck(_examine_sqlite, "version, and whether threads may use it"),
+    "files": HostCheck(_examine_files, "both files, as `validate` does"),
+    "host": HostCheck(_examine_surroundings, "directories, accounts, programs, and who else may change them"),
+    "secrets": HostCheck(_examine_secrets, "which are there, from where, how long; never their values"),
+    "user": HostCheck(_examine_user, "whether you are the server's user, as whom you see what the server sees"),
+    "memory": HostCheck(_examine_memory, "what protects the server's memory, as the kernel says"),
+    "limits": HostCheck(_examine_limits, "descriptors that the running server may open"),
+    "clock": HostCheck(_examine_clock, "whether something keeps it right, and that no deployment lies in the future"),
+    "disk": HostCheck(_examine_disk, "free bytes and files, and whether the file system suits a database"),
+    "database": HostCheck(_examine_database, "whether it is sound, its schema, its size", _DATABASE_PATIENCE_S),
+    "server": HostCheck(_examine_listening, "the addresses: free, used by another program, or answered by the server", 15.0),
+    "commands": HostCheck(_examine_commands, "whether programs and folders are open to the users that commands run as"),
+    "tls": HostCheck(_examine_certificate, "certificate and key, and until when"),
+    "unit": HostCheck(_examine_unit, "the systemd unit: installed, and set up as the server needs it", 10.0),
+}
+
+
+# === 24. CLI ==========================================================================================================
 # The commands of the command line: one row of COMMANDS and one function each.
 #
 # 1. Data goes to stdout, talk to stderr.
@@ -12397,6 +12996,20 @@ def validate(args: argparse.Namespace) -> int:
             names = ", ".join(settings.services.by_name) or "none"
             print(f"{config_path} and {services_path} are valid; services: {names}")
     return EXIT_CONFIG if has_errors(problems) else EXIT_OK
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Look at this host and say of each thing whether it is well, with what to do where it is not."""
+    findings = []
+    colours = {"ok": "32", "warn": "33", "fail": "31"} if wants_colour(1) else {}
+    for finding in examine(*_paths(args), os.environ):
+        findings.append(finding)
+        if not args.json:
+            status = f"\x1b[{colours[finding.status]}m{finding.status:4}\x1b[m" if colours else f"{finding.status:4}"
+            print(status, escape_controls(f"{finding.check:9} {finding.message}{'; ' if finding.advice else ''}{finding.advice}"), flush=True)
+    if args.json:
+        _print_json([finding._asdict() for finding in findings])
+    return EXIT_CONFIG if any(finding.status == "fail" for finding in findings) else EXIT_OK
 
 
 def reload_server(args: argparse.Namespace) -> int:
@@ -12524,15 +13137,6 @@ def _checked_key(text: str, name: str) -> bytes:
     return key
 
 
-def _url_of(server: Server) -> str:
-    """Return the URL of a server on this host: a TCP address if it has one at which no client certificate is asked for."""
-    addresses = [address for address in server.listen if not address.is_awaited]
-    if not addresses:
-        raise HookshotError("usage", "server.listen names only sockets of systemd; say where the server is with --url or HOOKSHOT_URL")
-    address = next((address for address in addresses if bool(address.path) == bool(server.tls.client_ca)), addresses[0])
-    return address.url(is_tls=bool(server.tls.cert) and not address.path)
-
-
 def _take_variable(name: str) -> str | None:
     erase_variable(name)
     return os.environ.pop(name, None)
@@ -12558,7 +13162,7 @@ def _client(args: argparse.Namespace) -> Client:
         settings, keyring = _client_settings(args)
         if not url and settings and settings.config.server.tls.cert and not trust.ca:
             trust = trust._replace(ca=settings.config.server.tls.cert, is_pinned=True)
-        url = url or (_url_of(settings.config.server) if settings else "http://127.0.0.1:8080")
+        url = url or (url_of(settings.config.server) if settings else "http://127.0.0.1:8080")
         if settings and keyring:
             key = key or next(iter(keyring.pick(settings.config.security.hmac_keys).values()), None)
             token = token or keyring.values.get("read_token", b"").decode() or None
@@ -13241,7 +13845,7 @@ def render_unit(settings: Settings, paths: tuple[str, str], program: Sequence[st
     lines += [line for need in needs for line in need.adds if not is_user]
     lines += [] if is_user else _folder_lines(settings, is_bound=not any("*" in need.lifts for need in needs))
     lines += _credential_lines(settings, os.path.dirname(paths[0]))
-    descriptors = 2 * config.server.max_connections + OTHER_DESCRIPTORS
+    descriptors = descriptors_needed(config.server)
     lines += [f"LimitNOFILE={descriptors}"] * (descriptors > 1024)
     lines += _hardening_lines(settings, touched, needs, is_root=is_root, is_user=is_user)
     return UNIT.replace("@COMMAND@", command).replace("@STOP@", str(config.server.shutdown_timeout + END_S)) \
@@ -13355,6 +13959,7 @@ COMMANDS: dict[str, CliCommand] = {
         _argument("--port", type=_number(0, 65535), help="listen on this port alone, instead of the file's"),
         _argument("--log-format", choices=("json", "pretty"), help="instead of the file's"))),
     "validate": CliCommand(validate, "check both files, secrets, directories and programs; print every problem", (_JSON,)),
+    "doctor": CliCommand(doctor, "look at this host and say what is well and what is not, with what to do; 78 if anything fails", (_JSON,)),
     "reload": CliCommand(reload_server, "have the server on this host read both files, secrets and certificates again; say what changed or what is wrong", (
         _argument("--data-dir", metavar="DIR", help="of the server; else storage.data_dir of config.toml"),
         _argument("--timeout", type=_duration_argument, default=60, metavar="DURATION", help="how long to wait for the outcome (default: 60s)"), _JSON)),

@@ -180,7 +180,7 @@ PURE = {
 CONFINED = {
     "argparse": "CLI",
     "ctypes": "WORLD",
-    "errno": "LOG NOTIFY SERVER DAEMON CLI",
+    "errno": "LOG NOTIFY SERVER DAEMON DOCTOR CLI",
     "fcntl": "WORLD",
     "gc": "DAEMON",
     "gzip": "BACKUP",
@@ -189,9 +189,10 @@ CONFINED = {
     "http.HTTPStatus": "SERVER",
     "http.client": "RUN NOTIFY CLIENT",
     "http.server": "SERVER",
+    "importlib": "DOCTOR",
     "open": "WORLD SECRETS API SERVER BACKUP CLI",
     # Reading what the file system says, and the descriptors of its own.
-    "os": "WORLD LOG STORE SECRETS RUN API SERVER BACKUP DAEMON CLI",
+    "os": "WORLD LOG STORE SECRETS RUN API SERVER BACKUP DAEMON DOCTOR CLI",
     "os.chmod": "WORLD SERVER",
     "os.environ": "WORLD LOG SECRETS CLIENT CLI",
     "os.getpgrp": "ENGINE",
@@ -209,25 +210,25 @@ CONFINED = {
     "resource": "WORLD DAEMON",
     "select": "LOG RUN SERVER DAEMON",
     "selectors": "SERVER",
-    "shutil": "BACKUP DAEMON CLIENT CLI",
+    "shutil": "BACKUP DAEMON CLIENT DOCTOR CLI",
     "signal": "WORLD RUN DAEMON CLI",
     "signal.signal": "DAEMON CLI",
     "signal.set_wakeup_fd": "DAEMON",
     "smtplib": "NOTIFY",
     "socket": "RUN NOTIFY SERVER DAEMON CLIENT",
     "sqlite3": "STORE",
-    "sqlite3.sqlite_version": "API CLI",
+    "sqlite3.sqlite_version": "STORE API CLI",
     "ssl": "NOTIFY SERVER CLIENT",
-    "subprocess": "SECRETS RUN NOTIFY",
+    "subprocess": "SECRETS RUN NOTIFY DOCTOR",
     "sys": "SERVER CLIENT CLI ASSETS",
     "tarfile": "BACKUP",
     "tempfile": "BACKUP CLI",
     "threading": "METRICS LOG STORE NOTIFY ENGINE API DAEMON CLIENT",
-    "threading.Thread": "RUN ENGINE DAEMON CLIENT",
+    "threading.Thread": "RUN ENGINE DAEMON CLIENT DOCTOR",
     "time.CLOCK_BOOTTIME": "WORLD",
     "time.clock_gettime": "WORLD",
     "time.clock_gettime_ns": "WORLD",
-    "time.monotonic": "WORLD RUN NOTIFY ENGINE API SERVER DAEMON CLIENT CLI",
+    "time.monotonic": "WORLD RUN NOTIFY ENGINE API SERVER DAEMON CLIENT DOCTOR CLI",
     "time.sleep": "WORLD SERVER CLIENT",
     "time.time_ns": "WORLD"}
 
@@ -337,7 +338,7 @@ def test_secrets_are_compared_in_constant_time():
 
 # Where work goes on after a bug that no one foresaw; each of them tells it.
 BOUNDARIES = {"Store._carry_out_one", "_Job.carry_out", "Engine._work", "begin", "dispatch", "_Connection._answer_one", "_Connection._go_on",
-              "EventFeed.run", "HttpServer.serve", "Journal.run", "Notifier.run", "Notifier._attempt", "Daemon.reload", "Daemon._keep_house", "Daemon._keep_reporting", "main"}
+              "EventFeed.run", "HttpServer.serve", "Journal.run", "Notifier.run", "Notifier._attempt", "Daemon.reload", "Daemon._keep_house", "Daemon._keep_reporting", "_within.run", "main"}
 # Where something must be undone whatever happens; each of them raises again.
 CLEAN_UPS = {"Store._migrate", "Store._carry_out", "_spawn_nicely.start", "run_command"}
 
