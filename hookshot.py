@@ -13749,7 +13749,7 @@ _NEEDS = (
 # As root: to be another user, to end that user's processes, and to write files that are not root's.
 _ROOT_CAPABILITIES = ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_SETGID", "CAP_SETUID")
 # Folders that a directive hides, and what stands in for it when something of ours is there.
-_HIDDEN = ((("/home/", "/root/", "/run/user/"), "ProtectHome=yes", "ProtectHome=read-only"), (("/tmp/", "/var/tmp/"), "PrivateTmp=yes", None))
+_HIDDEN_FOLDERS = ((("/home/", "/root/", "/run/user/"), "ProtectHome=yes", "ProtectHome=read-only"), (("/tmp/", "/var/tmp/"), "PrivateTmp=yes", None))
 # What systemd makes and gives to the unit's user: below these, by its name there.
 _OWN_FOLDERS = (("/var/lib/", "StateDirectory"), ("/var/log/", "LogsDirectory"), ("/run/", "RuntimeDirectory"))
 
@@ -13822,7 +13822,7 @@ def _hardening_lines(settings: Settings, paths: Iterable[str], needs: Sequence[_
         granted += [*_ROOT_CAPABILITIES, *["CAP_SYS_NICE"] * any(service.nice < 0 for service in services.by_name.values())] if is_root else []
         lines.append(f"CapabilityBoundingSet={' '.join(sorted(granted))}")
     hardening = (UNIT_USER_HARDENING if is_user else UNIT_HARDENING).splitlines()
-    for folders, directive, instead in () if is_user else _HIDDEN:
+    for folders, directive, instead in () if is_user else _HIDDEN_FOLDERS:
         if any(f"{path}/".startswith(folders) for path in paths):
             hardening[hardening.index(directive)] = instead or ""
     return lines + [line for line in hardening if line and line not in lifted]
