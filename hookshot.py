@@ -4292,7 +4292,7 @@ _AUDIT_COLUMNS = ", ".join(AuditRow._fields)
 # What stands before the first row.
 AUDIT_ROOT = "0" * 64
 _AUDIT_ENCODER = json.JSONEncoder(separators=(",", ":"), default=repr)
-_PRUNED = re.compile(r"rows up to (\d+), whose hash is ([0-9a-f]{64}), .*", re.ASCII)
+_PRUNED = re.compile(r"rows up to (\d{1,18}), whose hash is ([0-9a-f]{64}), .*", re.ASCII)
 
 
 def chain_hash(before: str, row: AuditRow) -> str:
@@ -5358,7 +5358,7 @@ def verify_audit(path: str, head: str | None = None) -> AuditCheck:
     with _open_audit(path) as db:
         db.execute("BEGIN")
         pruned = db.execute("SELECT detail FROM audit WHERE action='prune' ORDER BY n DESC LIMIT 1").fetchone()
-        match = pruned and _PRUNED.fullmatch(pruned[0] or "")
+        match = pruned and _PRUNED.fullmatch(str(pruned[0]))
         start = (int(match[1]), match[2]) if match else (0, AUDIT_ROOT)
         return check_chain(map(AuditRow._make, db.execute(f"SELECT {_AUDIT_COLUMNS} FROM audit ORDER BY n")), start, head)
 
@@ -7911,7 +7911,7 @@ class _RowAllowance(NamedTuple):
     a_minute: int
 
 
-# Of strangers, and of who holds a key: so strangers cannot use up what is his. Without an end of either, a year has room.
+# Of strangers, and of who holds a key: so strangers cannot use up what is his.
 _AUDIT_ALLOWANCES = {False: _RowAllowance(3, 100, 1), True: _RowAllowance(10, 1000, 5)}
 _MINUTE_S, _DAY_S = 60.0, 86_400.0
 _MAX_AUDIT_SOURCES = 1000
@@ -7946,7 +7946,7 @@ class Journal:
         """Return whether this request may have a row of its own; if not, it is counted."""
         source = (code, bucket_of(address), is_known)
         with self._lock:
-            if self._left[is_known] and self._given[source] < _AUDIT_ALLOWANCES[is_known].each and len(self._given) <= _MAX_AUDIT_SOURCES:
+            if self._left[is_known] and self._given[source] < _AUDIT_ALLOWANCES[is_known].each:
                 self._left[is_known] -= 1
                 self._given[source] += 1
                 return True
@@ -7998,22 +7998,27 @@ class Journal:
         """Write what has come; tell the audit's head once a day."""
         self._end_minute(now_s, is_last=is_last)
         with self._lock:
-            rows, uses = list(self._rows), self._uses
-            self._uses = {}
-        if rows or uses:
-            try:
+            rows, uses = list(self._rows), dict(self._uses)
+        try:
+            if rows or uses:
                 self._store.record_audit(rows, uses.values())
-            except HookshotError:
-                with self._lock:
-                    self._uses = {**uses, **self._uses}
-                raise
-        # Not before they can be read from the database.
-        with self._lock:
-            del self._rows[: len(rows)]
+        except HookshotError:
+            raise  # they wait for better times
+        except ValueError:
+            # A bug: with a row that cannot be written, none would ever be again.
+            self._forget(rows, uses)
+            raise
+        self._forget(rows, uses)
         if now_s - self._head_told >= _DAY_S:
             self._head_told = now_s
             number, digest = self._store.audit_head()
             self._publish(Noted("audit_head", f"row {number} of the audit has the hash {digest}"))
+
+    def _forget(self, rows: Sequence[AuditRow], uses: Mapping[tuple[str, str], KeyUse]) -> None:
+        """Let go of what is written. Not sooner: until then it is not to be found in the database."""
+        with self._lock:
+            del self._rows[: len(rows)]
+            self._uses = {source: use for source, use in self._uses.items() if uses.get(source) is not use}
 
     def _end_minute(self, now_s: float, *, is_last: bool) -> None:
         """Add the row of what was counted when a minute is over, and let a few rows more pass."""
@@ -13586,6 +13591,8 @@ def explain(args: argparse.Namespace) -> int:
 def audit(args: argparse.Namespace) -> int:
     """Print the newest rows of the audit, or check that all are as they were written."""
     path = os.path.join(_find_data_dir(args), "state.db")
+    if args.verify and args.service or args.head and not args.verify:
+        raise HookshotError("usage", "--head goes with verify, which checks all rows; --service goes without it")
     if args.verify:
         return _verify_audit(args, path)
     rows = read_audit(path, service=args.service, limit=args.limit)

@@ -10,7 +10,6 @@ import json
 import pathlib
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -291,6 +290,17 @@ def test_rows_wait_for_a_database_that_cannot_be_written(tmp_path):
         assert [row.request_id for row in rows_of(tmp_path)] == ["req-1"] and store.key_uses()["hmac_key", "web"].at_ms == 5
 
 
+def test_a_row_that_cannot_be_written_keeps_no_other_from_it(tmp_path):
+    with opened(tmp_path) as store:
+        kept = journal(store)
+        kept.add(hookshot.AuditRow(1, "reload", "done", detail="\ud800"))
+        with pytest.raises(UnicodeEncodeError):
+            kept.turn(0.0)
+        refuse(kept, 1, "192.0.2.1")
+        kept.turn(1.0)
+        assert [row.request_id for row in rows_of(tmp_path)] == ["req-1"] and verify(tmp_path).bad is None
+
+
 # --- a server
 
 ANY_KEY = 'hmac_keys = ["hmac_key", "old_key", "spare_key"]'
@@ -561,6 +571,7 @@ def test_the_command_line_reads_the_audit_beside_the_server(host, command):
     assert command("audit", "verify", "--head", head, "--data-dir", str(host.data), config=unusable)[0] == 0
     status, told = command("audit", "verify", "--head", "ab" * 32)
     assert status == hookshot.ERRORS["audit_broken"].exit and "no row of the audit has the hash abab" in told
+    assert command("audit", "--head", head)[0] == command("audit", "verify", "--service", "quick")[0] == 2
     status, told = command("audit", "--data-dir", str(host.folder))
     assert status == 2 and "--data-dir" in told
 

@@ -144,11 +144,11 @@ def refuse(host: Host, content: bytes, name: str = "bad_archive", **options) -> 
 
 
 def rows_of(database: pathlib.Path) -> dict[str, list[tuple]]:
-    """Return every row of a database, but for its own id, which an import changes."""
+    """Return every row of a database, but for its own id, which an import changes, and the row of the audit that it adds."""
+    own = {"marks": " WHERE name<>'database_id'", "audit": " WHERE action<>'import'"}
     with contextlib.closing(sqlite3.connect(database)) as db:
         tables = [name for name, in db.execute("SELECT name FROM sqlite_master WHERE type='table'")]
-        return {table: sorted(db.execute(f"SELECT * FROM {table}" + (" WHERE name<>'database_id'" if table == "marks" else "")).fetchall(), key=repr)
-                for table in tables}
+        return {table: sorted(db.execute(f"SELECT * FROM {table}" + own.get(table, "")).fetchall(), key=repr) for table in tables}
 
 
 # --- there and back

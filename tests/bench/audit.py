@@ -16,7 +16,7 @@ from observing import cpu_us, deploy, start
 import hookshot
 from support import PROGRAM, free_port
 
-DEPLOYMENTS, TURNS, ROWS = 25, int(os.environ.get("BENCH_ROUNDS", "100")), 100_000
+DEPLOYMENTS, TURNS, ROWS = 25, int(os.environ.get("BENCH_ROUNDS", "60")), 100_000
 # Starts the server as it is, but writes no row of the audit and no use of a key with an acceptance.
 DRIVER = """
 import sys
