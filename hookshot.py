@@ -7672,10 +7672,12 @@ def find_leftovers(deployments: Iterable[Deployment], store_id: str) -> list[int
 
 
 # === 18. API ==========================================================================================================
-# What each route does: gates, then a handler (app, request) -> Response. Owns the rate limiter, the health report and the feed.
+# What each route does: gates, then a handler (app, request) -> Response. Owns the rate limiter, the health report, the feed and
+# the journal.
 #
 # 1. ROUTES is the one table: 404, 405 with Allow, and docs/api.md come from it.
-# 2. Gates run in this order: address, rate, route, token or signature, handler. Nothing is stored before they passed.
+# 2. Gates run in this order: address, rate, route, token or signature, handler. Before they passed nothing is
+#    stored but a few rows of the journal.
 #    admit() needs the head alone, begin() the body too; neither waits, so the server's one reading thread calls them.
 # 3. A caller without a right signature learns nothing: an unknown service and a wrong key give the same answer.
 # 4. Answers say what the database says; nothing is made up and no history is scanned.
