@@ -11604,10 +11604,10 @@ class ServiceManager:
             self._send_all()
 
     def tell_now(self, *lines: str) -> bool:
-        """Tell what is of no use later; return whether it was sent."""
+        """Tell what is of no use later, after what could not be sent before; return whether it was sent."""
         with self._lock:
             self._send_all()
-            return self._send("\n".join(lines).encode())
+            return bool(lines) and self._send("\n".join(lines).encode())
 
     def _send_all(self) -> None:
         while self._unsent and self._send(self._unsent[0]):
@@ -12071,7 +12071,7 @@ class Daemon:
             lines.append(f"STATUS={status}")
         if stuck and is_news:
             self.publish(Trouble("stuck", f"{status}; the service manager is not told that all is well, and its watchdog will end this server"))
-        if lines and self._manager.tell_now(*lines) and is_news:
+        if self._manager.tell_now(*lines) and is_news:
             self._told, self._told_s = status, now_s
 
     def _describe(self) -> str:
@@ -13098,9 +13098,9 @@ def write_sample(folder: str, services: str, values: Mapping[str, Any], key: str
 def init(args: argparse.Namespace) -> int:
     """Write commented sample files and a fresh key."""
     folder = os.path.abspath(args.dir)
-    data_dir = "/var/lib/hookshot" if folder == os.path.dirname(DEFAULT_CONFIG) else os.path.join(folder, "data")
+    data_dir, working_dir = ("/var/lib/hookshot", "/srv") if folder == os.path.dirname(DEFAULT_CONFIG) else (os.path.join(folder, "data"), folder)
     values = {"server.listen": "127.0.0.1:8080", "storage.data_dir": data_dir}
-    services = SAMPLE_SERVICES.replace("@WORKING_DIR@", json.dumps(folder, ensure_ascii=False))
+    services = SAMPLE_SERVICES.replace("@WORKING_DIR@", json.dumps(working_dir, ensure_ascii=False))
     paths = write_sample(folder, services, values, new_key())
     for path in paths:
         print(path)

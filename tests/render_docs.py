@@ -227,13 +227,20 @@ def render_page(text: str) -> str:
     return BLOCK.sub(lambda match: match[1] + BLOCKS[match[2]]() + match[3], text)
 
 
+def example_units() -> dict[pathlib.Path, str]:
+    """Return the units in examples/systemd/: what `show` prints for the files that `init` writes to /etc/hookshot."""
+    config = hookshot.load_config("", "", [])
+    settings = hookshot.Settings(config, hookshot.load_services(hookshot.SAMPLE_SERVICES.replace("@WORKING_DIR@", '"/srv"'), "", config, []))
+    paths, folder = ("/etc/hookshot/config.toml", "/etc/hookshot/services.toml"), ROOT / "examples" / "systemd"
+    return {folder / "hookshot.service": hookshot.render_unit(settings, paths, ("/usr/bin/python3", "/usr/local/bin/hookshot.pyz")),
+            folder / "hookshot.socket": hookshot.render_socket(settings)}
+
+
 def main() -> None:
-    for page in pages():
-        before = page.read_text(encoding="utf-8")
-        after = render_page(before)
-        if after != before:
-            page.write_text(after, encoding="utf-8")
-            print(f"rendered {page.relative_to(ROOT)}")
+    for file, after in {page: render_page(page.read_text(encoding="utf-8")) for page in pages()}.items() | example_units().items():
+        if not file.exists() or file.read_text(encoding="utf-8") != after:
+            file.write_text(after, encoding="utf-8")
+            print(f"rendered {file.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -159,14 +159,14 @@ class Host:
             text = text.replace(head, head + "\n".join(keys) + "\n") if head in text else text + f"\n{head}" + "\n".join(keys) + "\n"
         self.config.write_text(text)
 
-    def start(self, *flags: str, wait: bool = True, env: dict[str, str] | None = None, argv: tuple[str, ...] = ()) -> "Host":
-        """Start the server as a process of its own and wait until it is ready."""
+    def start(self, *flags: str, wait: bool = True, env: dict[str, str] | None = None, argv: tuple[str, ...] = (), fds: Sequence[int] = ()) -> "Host":
+        """Start the server as a process of its own, with further descriptors `fds`, and wait until it is ready."""
         assert self.process is None or self.process.poll() is not None, "the last server still runs"
         self.output.touch()
         offset = self.output.stat().st_size
         with open(self.output, "ab") as log:
             self.process = subprocess.Popen([*(argv or program()), "-c", str(self.config), "-s", str(self.services), "run", *flags],
-                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})})
+                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})}, pass_fds=fds)
         if wait:
             self.urls = wait_until(lambda: self._find_urls(offset))
             self.port = next((int(url.rpartition(":")[2]) for url in self.urls if not url.startswith("unix:")), 0)
