@@ -11789,12 +11789,12 @@ class Daemon:
 
     def stop(self) -> None:
         """Shut down: drain, wait, stop, close. A second signal meanwhile stops what runs at once."""
-        self.app.is_ready = False
         self._ends_by_s = time.monotonic() + self._current.config.server.shutdown_timeout + END_S
         self._manager.tell("STOPPING=1")
         if self.passed:
             # Who comes from now on waits in the kernel for the next server; who came before is not refused.
             self._server.stop_accepting(_LEAVE_S)
+        self.app.is_ready = False
         self.engine.drain()
         self.publish(Noted("draining", f"shutting down; running deployments get {self._current.config.server.shutdown_timeout} s"))
         deadline = time.monotonic() + self._current.config.server.shutdown_timeout
@@ -13847,7 +13847,8 @@ def render_unit(settings: Settings, paths: tuple[str, str], program: Sequence[st
     is_root = not is_user and (has_users or (any(need.is_root for need in needs) and "sudo" not in named))
     touched = [*program, *paths, config.secrets.secrets_file, config.storage.data_dir, config.logging.directory, *config.server.tls,
                *(service.working_dir or "" for service in services.by_name.values())]
-    command = " ".join(_unit_word(word, is_command=True) for word in (*program, "-c", paths[0], "-s", paths[1], "run"))
+    command = " ".join(_unit_word(word, is_command=True) for word in (*program, "-c", paths[0], "-s", paths[1]))
+    network = [] if is_user else ["Wants=network-online.target", "After=network-online.target"]
     lines = [f"# {name}, of {named[name]}, {need.why}." for need in needs for name in need.programs if name in named]
     lines += ["# Commands run as users of their own, which only root can bring about."] * (has_users and not is_user)
     lines += [] if is_user else ["User=root" if is_root else "User=hookshot"]
@@ -13855,9 +13856,9 @@ def render_unit(settings: Settings, paths: tuple[str, str], program: Sequence[st
     lines += [] if is_user else _folder_lines(settings, is_bound=not any("*" in need.lifts for need in needs))
     lines += _credential_lines(settings, os.path.dirname(paths[0]))
     descriptors = descriptors_needed(config.server)
-    lines += [f"LimitNOFILE={descriptors}"] * (descriptors > 1024)
+    lines += [f"LimitNOFILE={descriptors}:524288"] * (descriptors > 1024)
     lines += _hardening_lines(settings, touched, needs, is_root=is_root, is_user=is_user)
-    return UNIT.replace("@COMMAND@", command).replace("@STOP@", str(config.server.shutdown_timeout + END_S)) \
+    return UNIT.replace("@NETWORK@\n", "".join(f"{line}\n" for line in network)).replace("@COMMAND@", command).replace("@STOP@", str(config.server.shutdown_timeout + END_S)) \
         .replace("@REST@", "\n".join(lines)).replace("@TARGET@", "default.target" if is_user else "multi-user.target")
 
 
@@ -14155,14 +14156,15 @@ UNIT = """\
 # Made by `hookshot show unit` for this host and its services; make it again when they change.
 [Unit]
 Description=Hookshot, signed deployments
-Wants=network-online.target
-After=network-online.target
+@NETWORK@
 # A host that lacks something at first, such as its address, has it later.
 StartLimitIntervalSec=0
 
 [Service]
 Type=notify
-ExecStart=@COMMAND@
+ExecStart=@COMMAND@ run
+# Files that are wrong make a reload fail, and change nothing.
+ExecReload=@COMMAND@ validate
 ExecReload=/bin/sh -c 'kill -HUP $$MAINPID'
 Restart=on-failure
 RestartSec=5

@@ -145,6 +145,9 @@ def work() -> None:
     until("reloaded", lambda: '"reloaded"' in run("journalctl", "-u", "hookshot.service", "-o", "cat"))
     until("active", lambda: properties("ActiveState") == ["active"])
     seen["reloaded"] = [state(deploy_id), *properties("NRestarts")]
+    pathlib.Path("/etc/hookshot/services.toml").write_text("half of it [")
+    seen["not reloaded"] = [subprocess.run(["systemctl", "reload", "hookshot.service"], capture_output=True).returncode, *properties("ActiveState")]
+    pathlib.Path("/etc/hookshot/services.toml").write_text(SERVICES)
     begun = time.monotonic()
     run("systemctl", "stop", "hookshot.service")
     seen["stopped"] = [*properties("ActiveState", "Result"), time.monotonic() - begun < 30]
@@ -203,10 +206,16 @@ def restart_under_a_socket() -> None:
 
 
 def ask_the_manager() -> None:
-    """A service whose command talks to systemd."""
+    """A service whose command talks to systemd, and secrets that come as credentials."""
     (UNITS / "other.service").write_text("[Service]\nType=oneshot\nExecStart=touch /run/other-was-started\n")
     pathlib.Path("/etc/hookshot/services.toml").write_text(SERVICES + RESTARTING)
     run("systemctl", "stop", "hookshot.socket", "hookshot.service")
+    credentials = pathlib.Path("/etc/hookshot/credentials")
+    credentials.mkdir(mode=0o700)
+    (credentials / "hmac_key").write_text(hookshot("keygen"))
+    os.environ["HOOKSHOT_KEY_FILE"] = str(credentials / "hmac_key")
+    config = pathlib.Path("/etc/hookshot/config.toml")
+    config.write_text(config.read_text().replace('["file", "command"]', '"systemd"'))
     run("chown", "root:", "/etc/hookshot/secrets")
     (UNITS / "hookshot.service").write_text(hookshot("show", "unit"))
     run("systemctl", "daemon-reload")
@@ -215,7 +224,26 @@ def ask_the_manager() -> None:
     seen["systemctl"] = [*properties("User"), state(deploy_id), os.path.exists("/run/other-was-started")]
 
 
-for stage in (set_up, start, work, watch, restart_under_a_socket, ask_the_manager):
+def run_for_a_user() -> None:
+    """The unit of a user's own manager."""
+    run("systemctl", "stop", "hookshot.service")
+    run("useradd", "--create-home", "dep")
+    run("loginctl", "enable-linger", "dep")
+    home, uid = pathlib.Path("/home/dep"), run("id", "-u", "dep").strip()
+    until("a manager of the user's own", lambda: os.path.exists(f"/run/user/{uid}/systemd/private"))
+    as_user = ("runuser", "-u", "dep", "--", "env", "-u", "HOOKSHOT_KEY_FILE", "-C", str(home), f"HOME={home}", f"XDG_RUNTIME_DIR=/run/user/{uid}")
+    program = (*as_user, "/usr/bin/python3", PROGRAM)
+    run(*program, "init", str(home / ".config/hookshot"))
+    run(*as_user, "sed", "-i", "/^data_dir/d", ".config/hookshot/config.toml")
+    run(*as_user, "mkdir", "-p", ".config/systemd/user")
+    (home / ".config/systemd/user/hookshot.service").write_text(run(*program, "show", "unit", "--user"))
+    run(*as_user, "systemctl", "--user", "enable", "--now", "hookshot.service")
+    run(*program, "deploy", "example", "example/app:1.0")
+    run(*as_user, "systemctl", "--user", "reload", "hookshot.service")
+    seen["user"] = [run(*as_user, "systemctl", "--user", "is-active", "hookshot.service").strip(), (home / ".local/state/hookshot/state.db").exists()]
+
+
+for stage in (set_up, start, work, watch, restart_under_a_socket, ask_the_manager, run_for_a_user):
     began = time.monotonic()
     stage()
     print(f"{stage.__name__}: {time.monotonic() - began:.1f} s", file=sys.stderr)
