@@ -3441,6 +3441,18 @@ def owner_of(path: str) -> Account | None:
     return None
 
 
+def become(account: Account) -> bool:
+    """Turn this process from root's into another account's, for good; return whether it was root's and is not any more."""
+    if os.geteuid() != 0 or account.uid == 0:
+        return False
+    os.setgroups(account.groups)
+    os.setgid(account.gid)
+    os.setuid(account.uid)
+    # A change of user has the kernel forget it.
+    protect_memory()
+    return True
+
+
 def find_closed(path: str, account: Account) -> str | None:
     """Return the first folder on the way to a program or folder, or itself, that its mode closes to an account; ACLs are not looked at."""
     real = os.path.realpath(path)
@@ -12485,7 +12497,8 @@ def wait_for_outcome(ask: Ask, deadline: float) -> Mapping[str, Any] | None:
 # 1. It changes nothing and needs nothing stopped. A key of config.toml that is wrong counts as its default; a service
 #    that is wrong is left out.
 # 2. Each check has a deadline: a file system or a server that hangs costs one line, not the answer.
-# 3. A line is true of this host as the user who asks sees it, and never holds a secret.
+# 3. A line is true of this host as the user who asks sees it, and never holds a secret. Where root asks, the server's
+#    user does: then modes and owners are judged as the server will meet them.
 
 # Long for anything that works, short for who waits.
 _CHECK_PATIENCE_S = 5.0
@@ -12548,16 +12561,22 @@ class _Reading:
         return found[0] if isinstance(found, list) else otherwise
 
 
-def _read_host(config_path: str, services_path: str, environ: Any) -> Host:
-    """Read all that the configuration names; what is wrong is among the problems."""
+def _read_host(config_path: str, services_path: str, environ: Any, there: Mapping[str, str] | None = None) -> Host:
+    """Read all that the configuration names, as the server's user if root asks; what is wrong is among the problems.
+
+    `there`: what root saw of the server's environment.
+    """
     reading, defaults = _Reading(config_path), load_config("", config_path, [], default_places(config_path))
     settings = reading.take("files", functools.partial(read_settings, config_path, services_path), Settings(defaults, Services({})))
-    wrong = {problem.path.partition(".")[0] for problem in reading.problems["files"] if not problem.is_warning}
     config = _mend(settings.config, defaults)
+    server, account = reading.take("host", lambda problems: _look_for_server(config.storage.data_dir), (None, None))
+    if there is None:
+        there = {os.fsdecode(name): os.fsdecode(value) for name, value in read_environment(server).items()} if server else {}
+        if account and become(account):
+            return _read_host(config_path, services_path, environ, there)
+    wrong = {problem.path.partition(".")[0] for problem in reading.problems["files"] if not problem.is_warning}
     services = Services({name: service for name, service in settings.services.by_name.items() if f'service "{name}"' not in wrong})
     surroundings = SecretSurroundings.take(environ, config.secrets.secret_prefix)
-    server, account = reading.take("host", lambda problems: _look_for_server(config.storage.data_dir), (None, None))
-    there = {os.fsdecode(name): os.fsdecode(value) for name, value in read_environment(server).items()} if server else {}
     surroundings = surroundings._replace(credentials=surroundings.credentials or there.get("CREDENTIALS_DIRECTORY"))
     seen = {**environ, "PATH": there.get("PATH") or environ.get("PATH", DEFAULT_PATH)}
     reading.take("host", functools.partial(check_host, Settings(config, services), config_path, services_path, seen), None)
@@ -12669,10 +12688,10 @@ def _examine_secrets(host: Host) -> Iterator[Remark]:
 
 def _examine_user(host: Host) -> Iterator[Remark]:
     if not host.account:
-        yield "ok", f"{own_user()}; whom the server would run as is not known yet", ""
+        yield "ok", f"{own_user()}; there is no data directory yet that would say whom the server runs as", ""
     elif host.account.name != own_user():
-        yield "warn", f"this is {own_user()}, the server's user is {host.account.name}: modes, secrets and limits are told as {own_user()} sees them", \
-            f"for its own view: sudo -u {host.account.name} hookshot doctor"
+        yield "warn", f"this is {own_user()}, the server's user is {host.account.name}: modes, secrets and limits are told as {own_user()} meets them", \
+            f"run this as root or as {host.account.name}"
     else:
         yield "ok", f"{own_user()}, as the server", ""
 
@@ -12780,11 +12799,14 @@ def _examine_listening(host: Host) -> Iterator[Remark]:
         number = why_not_bound(address)
         if not number:
             yield "ok", f"{address} is free; no server runs", ""
+        elif number == errno.EADDRINUSE and os.path.isdir(host.config.storage.data_dir) and not os.access(host.config.storage.data_dir, os.X_OK):
+            yield "warn", f"{address} is in use; by the server or not, only its user can see", "run this as root"
         elif number == errno.EADDRINUSE:
-            who = find_listener(address.port) if address.port else None
-            yield "fail", f"{address} is used by {who or 'another program'}", "end it, or choose another address in server.listen"
+            yield "fail", f"{address} is used by {address.port and find_listener(address.port) or 'another program'}", "end it, or choose another address in server.listen"
+        elif number == errno.EACCES:
+            yield "warn", f"{address} is not open to {own_user()}", "ports below 1024 need CAP_NET_BIND_SERVICE, which a unit can give"
         else:
-            yield "fail", f"{address} cannot be listened on by {own_user()}: {os.strerror(number)}", "choose another address in server.listen, or see its rights"
+            yield "fail", f"{address} cannot be listened on: {os.strerror(number)}", "choose another address in server.listen"
 
 
 def _examine_answer(pid: int, client: Client) -> Iterator[Remark]:
@@ -12829,10 +12851,11 @@ def _examine_certificate(host: Host) -> Iterator[Remark]:
     yield from _tell(host.problems["tls"], f"{files.cert} and {files.key} belong together")
     with contextlib.suppress(OSError, ValueError):
         if validity := parse_validity(read_text(files.cert)):
-            day = render_time(now_ms() + _EXPIRY_WARNING_DAYS * 86_400_000)
-            if not validity[0] <= render_time(now_ms()) < validity[1]:
+            # Without the milliseconds, as in the certificate: so they compare as texts.
+            now, soon = (f"{render_time(now_ms() + days * 86_400_000)[:19]}Z" for days in (0, _EXPIRY_WARNING_DAYS))
+            if not validity[0] <= now < validity[1]:
                 yield "fail", f"{files.cert} is valid from {validity[0]} until {validity[1]}, and not now", "renew it and send the server SIGHUP, or set the clock right"
-            elif validity[1] < day:
+            elif validity[1] < soon:
                 yield "warn", f"{files.cert} expires at {validity[1]}", "renew it and send the server SIGHUP"
             else:
                 yield "ok", f"{files.cert} is valid until {validity[1]}", ""
