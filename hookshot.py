@@ -11887,7 +11887,7 @@ class Daemon:
             # What cannot be made is told by the log, which goes on without the file.
             with contextlib.suppress(OSError):
                 make_log_folder(in_force.config.logging.directory)
-        changes = self._describe(self._current, in_force)
+        changes = self._describe_changes(self._current, in_force)
         self._take(in_force)
         self._mark_fresh("configuration", "secrets")
         self._tell_warnings()
@@ -11957,7 +11957,7 @@ class Daemon:
                 raise ConfigError([Problem(path, "", "is being written to all the time; reload again when it is complete")])
             self._house_stop.wait(_QUIET_S - age_s)
 
-    def _describe(self, before: Current, after: Current) -> list[str]:
+    def _describe_changes(self, before: Current, after: Current) -> list[str]:
         """Return a line for each change, but for the last of very many."""
         marks = self._mark_tls(after.config.server.tls)
         lines = [*describe_changes(*(flatten_settings(each.config, each.services) for each in (before, after))),

@@ -16,7 +16,7 @@ import sys
 import pytest
 
 import hookshot
-from support import KEY, PATIENCE_S, PROGRAM, Host, free_port, make_certificates, need, running, service, wait_until
+from support import KEY, PATIENCE_S, PROGRAM, Host, free_port, make_certificates, need, program, running, service, wait_until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make other users' files")
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="this system has no /proc")
@@ -90,7 +90,7 @@ def test_what_fails_is_in_the_exit_status_and_in_the_list_for_programs(host):
 @pytest.mark.parametrize("no_colour", ["", "1"])
 def test_a_terminal_gets_colours_unless_its_user_wants_none(host, no_colour):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(PROGRAM), "-c", str(host.config), "doctor"], stdout=theirs, stderr=subprocess.DEVNULL,
+    process = subprocess.Popen([*program(), "-c", str(host.config), "doctor"], stdout=theirs, stderr=subprocess.DEVNULL,
                                env={**os.environ, "TERM": "xterm", "NO_COLOR": no_colour})
     os.close(theirs)
     said = b""

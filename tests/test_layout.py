@@ -158,6 +158,13 @@ def test_a_name_is_defined_in_one_section():
     assert {name for name, number in owners.items() if number > 1} == set()
 
 
+def test_a_class_defines_a_method_once():
+    """The second would take the place of the first, silently."""
+    twice = {f"{node.name}.{name}" for node in ast.walk(TREE) if isinstance(node, ast.ClassDef) for name, number in
+             collections.Counter(part.name for part in node.body if isinstance(part, ast.FunctionDef)).items() if number > 1}
+    assert not twice
+
+
 def test_assets_are_texts_and_the_main_guard():
     *texts, guard = SECTIONS[-1].tree.body
     assert ast.unparse(guard).startswith("if __name__ == '__main__':")

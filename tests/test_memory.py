@@ -136,7 +136,7 @@ print("c4n4ry" in open("/proc/self/environ").read(), "KEEP=this" in open("/proc/
 def test_a_server_says_what_is_in_force_and_serves(tmp_path, program):
     with running(tmp_path, LIMITS, '[logging]\nlevel = "debug"\n') as host:
         host.stop()
-        host.start(program=program)
+        host.start(argv=program)
         record = host.wait(host.deploy())
         said = [json.loads(line)["message"] for line in host.output.read_text().splitlines() if '"memory"' in line][-1]
         seen = hookshot.read_protection(host.process.pid)

@@ -20,7 +20,7 @@ import pytest
 
 import hookshot
 import render_docs
-from support import KEY, PATIENCE_S, PROGRAM, ROOT, Host, make_certificates, need, service, wait_until
+from support import KEY, PATIENCE_S, PROGRAM, ROOT, Host, make_certificates, need, program, service, wait_until
 
 HOLD = '["sh", "-c", "until [ -e go ]; do kill -0 $PPID || exit; sleep 0.02; done"]'
 EXAMPLES = ROOT / "examples" / "systemd"
@@ -189,7 +189,7 @@ os.execv(sys.executable, [sys.executable, *command])
 def launch(links: list[socket.socket], names: str) -> dict[str, object]:
     """Return what Host.start() needs to pass sockets as systemd does."""
     fds = [link.fileno() for link in links]
-    return {"program": (sys.executable, "-c", LAUNCH, ",".join(map(str, fds)), names, str(PROGRAM)), "fds": fds}
+    return {"argv": (sys.executable, "-c", LAUNCH, ",".join(map(str, fds)), names, program()[1]), "fds": fds}
 
 
 @contextlib.contextmanager
@@ -505,7 +505,7 @@ def test_show_prints_units_for_this_host(tmp_path):
     host = Host(tmp_path / "a host", service(), '[server]\nlisten = "127.0.0.1:8080"\n')
     unit, own, sockets = (host.cli("show", *words) for words in (("unit",), ("unit", "--user"), ("socket",)))
     assert [done.returncode for done in (unit, own, sockets)] == [0, 0, 0]
-    assert f'"{host.config}"' in unit.stdout and str(PROGRAM) in unit.stdout and "PrivateTmp" not in unit.stdout
+    assert f'"{host.config}"' in unit.stdout and program()[1] in unit.stdout and "PrivateTmp" not in unit.stdout
     assert "WantedBy=default.target" in own.stdout and "ListenStream=127.0.0.1:8080" in sockets.stdout
 
 
