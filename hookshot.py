@@ -3211,6 +3211,9 @@ def await_change(path: str, mark: FileMark | None, deadline_s: float) -> None:
 
 
 DEFAULT_CONFIG = "/etc/hookshot/config.toml"
+# What the folders of a unit (systemd.exec(5)) hold for a config.toml that does not say: variable, key, file in the folder.
+UNIT_FOLDERS = {"CONFIGURATION_DIRECTORY": ("secrets.secrets_file", "secrets"), "LOGS_DIRECTORY": ("logging.directory", ""),
+                "STATE_DIRECTORY": ("storage.data_dir", "")}
 
 
 def _own_folder(kind: str, default: str) -> str:
@@ -3232,8 +3235,8 @@ def default_places(config_path: str) -> dict[str, str]:
     folder, places = os.path.dirname(config_path), {}
     if folder == _own_folder("CONFIG", "~/.config"):
         places = {"storage.data_dir": _own_folder("STATE", "~/.local/state"), "secrets.secrets_file": os.path.join(folder, "secrets")}
-    for name, key, file in (("STATE", "storage.data_dir", ""), ("LOGS", "logging.directory", ""), ("CONFIGURATION", "secrets.secrets_file", "secrets")):
-        if path := os.environ.get(f"{name}_DIRECTORY", "").partition(":")[0]:
+    for variable, (key, file) in UNIT_FOLDERS.items():
+        if path := os.environ.get(variable, "").partition(":")[0]:
             places[key] = os.path.join(path, file) if file else path
     return places
 
@@ -10138,7 +10141,8 @@ class Listener(http.server.ThreadingHTTPServer):
         self.listen, self.is_tcp, self.address_family = listen, not listen.path, family
         self._server, self._app = server, server.app
         self._inode = 0
-        super().__init__(listen.path or (listen.host, listen.port), http.server.BaseHTTPRequestHandler, listen.fd < 0)  # type: ignore[arg-type]
+        super().__init__(listen.path or (listen.host, listen.port), http.server.BaseHTTPRequestHandler,  # type: ignore[arg-type]
+                         bind_and_activate=listen.fd < 0)
         if listen.fd >= 0:
             self._adopt()
         self.socket.setblocking(False)
@@ -11447,9 +11451,9 @@ def descriptors_needed(server: Server) -> int:
 
 def _check_server(config: Config, place: Place) -> None:
     server, is_plain = config.server, not config.server.tls.cert and not config.security.trusted_proxies
-    for listen in (address for address in server.listen if not address.name):
+    for listen in (address for address in server.listen if not address.is_awaited):
         folder = os.path.dirname(listen.path)
-        if listen.path and not os.path.isdir(folder):
+        if listen.path and listen.fd < 0 and not os.path.isdir(folder):
             (place / "listen").problem(f"{folder} does not exist; create it (RuntimeDirectory= in a unit)")
         elif not listen.path and is_plain and not is_loopback(parse_address(listen.host)) and listen.host != "localhost":
             (place / "listen").warning(f"{listen} may speak plain HTTP beyond this host, and others then read what is sent; "
@@ -11631,6 +11635,9 @@ class ServiceManager:
         return False
 
 
+_DOINGS = {State.VALIDATING: "preparing", State.DEPLOYING: "deploying", State.HEALTH_CHECKING: "checking", State.ROLLING_BACK: "rolling back"}
+
+
 def describe_work(running: Sequence[Deployment], waiting: int, services: int) -> str:
     """Return in a few words what a server does: "deploying web, step 2 of 5, 1 queued"."""
     queued = f", {waiting} queued" * bool(waiting)
@@ -11641,9 +11648,6 @@ def describe_work(running: Sequence[Deployment], waiting: int, services: int) ->
     [deployment] = running
     step = f", step {deployment.step} of {deployment.steps_total}" if deployment.step else ""
     return f"{_DOINGS[deployment.state]} {deployment.service}{step}{queued}"
-
-
-_DOINGS = {State.VALIDATING: "preparing", State.DEPLOYING: "deploying", State.HEALTH_CHECKING: "checking", State.ROLLING_BACK: "rolling back"}
 
 
 class Daemon:
@@ -11665,7 +11669,7 @@ class Daemon:
         self.waiters, self.metrics = Waiters(), Metrics()
         self._parts = contextlib.ExitStack()
         self._house_stop, self._report_stop = threading.Event(), threading.Event()
-        self._house_turned_s, self._told, self._told_s, self._ends_by_s = 0.0, "", 0.0, 0.0
+        self._house_turned_s, self._told, self._told_s, self._ends_by_s = 0.0, "", float("-inf"), 0.0
         # Held while files and secrets are read: a slow reading must not put back what a later one has replaced.
         self._reload_lock = threading.Lock()
         self._record = ReloadRecord(os.getpid(), _own_ticks(os.getpid()), config_path, services_path)
@@ -11739,7 +11743,7 @@ class Daemon:
             self._listen(address)
         is_tls = self._current.tls is not None
         self.urls = [listener.listen.url(is_tls=is_tls and listener.is_tcp) for listener in self._server.listeners]
-        shown = [url + " (all addresses)" * listener.listen.is_everywhere + " (from systemd)" * bool(listener.listen.name)
+        shown = [url + " (all addresses)" * listener.listen.is_everywhere + " (from systemd)" * (listener.listen.fd >= 0)
                  for url, listener in zip(self.urls, self._server.listeners)]
         self._reader = self._begin("reader", self._server.serve)
         # What recovery ends is told, also where notifications are on for the first time.
@@ -11761,9 +11765,8 @@ class Daemon:
         self.log.write("debug", "memory", f"this process {read_protection()}")
         self.publish(Noted("started", f"hookshot {__version__} listens on {' and '.join(shown)}, {self._count_services()}"))
         self._house_turned_s = time.monotonic()
-        self._told = self._describe()
-        self._manager.tell("READY=1", f"STATUS={self._told}")
-        self._reporter = self._begin("reporter", self._keep_reporting)
+        self._manager.tell("READY=1")
+        self._reporter = self._begin("reporter", self._keep_reporting) if self._manager.is_there else None
 
     def _restore_metrics(self, store: Store) -> None:
         """Have the metrics go on from what is stored."""
@@ -11832,7 +11835,8 @@ class Daemon:
         self._server.close(_CLOSE_S)
         self._reader.join(_READER_PATIENCE_S)
         self._report_stop.set()
-        self._reporter.join(_CLOSE_S)
+        if self._reporter:
+            self._reporter.join(_CLOSE_S)
         # Last: what was refused until now is written too.
         self.app.journal.stop()
         self._recorder.join(_SENDER_PATIENCE_S)
@@ -12058,11 +12062,13 @@ class Daemon:
 
     def _keep_reporting(self) -> None:
         pause_s = min(_REPORT_TURN_S, (self._manager.watchdog_s or _REPORT_TURN_S) / 3)
-        while self._manager.is_there and not self._report_stop.wait(pause_s):
+        while True:
             try:
                 self.report(time.monotonic())
             except Exception as error:
                 self.publish(Broken("reporter", error))
+            if self._report_stop.wait(pause_s):
+                return
 
     def report(self, now_s: float) -> None:
         """Tell the service manager what goes on, if that has changed; that all is well, only if it is; and how long an end may take yet."""
@@ -13138,6 +13144,9 @@ def init(args: argparse.Namespace) -> int:
 
 def _client_settings(args: argparse.Namespace) -> tuple[Settings | None, Keyring | None]:
     """Return what the server's own configuration says, as far as it can be read from here."""
+    # A client may run in the unit of another program, such as a CI runner, whose folders are none of ours.
+    for name in UNIT_FOLDERS:
+        os.environ.pop(name, None)
     problems: list[Problem] = []
     config_path, services_path = _paths(args)
     if not (args.config or os.environ.get("HOOKSHOT_CONFIG")) and not os.access(config_path, os.R_OK):
@@ -14054,7 +14063,7 @@ COMMANDS: dict[str, CliCommand] = {
 
 
 def _add_global_options(parser: argparse.ArgumentParser, default: Any) -> None:
-    parser.add_argument("-c", "--config", metavar="FILE", default=default, help=f"config.toml (default: $HOOKSHOT_CONFIG, {DEFAULT_CONFIG})")
+    parser.add_argument("-c", "--config", metavar="FILE", default=default, help=f"config.toml (default: $HOOKSHOT_CONFIG, ~/.config/hookshot/config.toml, {DEFAULT_CONFIG})")
     parser.add_argument("-s", "--services", dest="services_file", metavar="FILE", default=default,
                         help="services.toml (default: $HOOKSHOT_SERVICES, beside config.toml)")
     parser.add_argument("--log-level", choices=tuple(LEVELS), default=default, help="least severe line of the log")

@@ -60,4 +60,6 @@ for _ in {1..300}; do
     kill -0 "$nspawn" 2>/dev/null || { cat "$folder/boot" >&2; exit 1; }
     sleep 0.1
 done
-nsenter -t "$leader" -a /usr/bin/env -i PATH="$PATH" HOME=/root LANG=C.UTF-8 /usr/bin/python3 /usr/local/lib/script.py </dev/null 9>&-
+# In the background, so that a signal is heeded at once.
+nsenter -t "$leader" -a /usr/bin/env -i PATH="$PATH" HOME=/root LANG=C.UTF-8 /usr/bin/python3 /usr/local/lib/script.py </dev/null 9>&- &
+wait $!

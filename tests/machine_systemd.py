@@ -115,7 +115,7 @@ def set_up() -> None:
     # A command that brings no secret, but takes until it may: then the server is not ready yet.
     config.write_text(config.read_text().replace('# source = "auto"', 'source = ["file", "command"]')
                       .replace("# command = []", 'command = ["sh", "-c", "until [ -e /srv/web/go ]; do sleep 0.05; done"]')
-                      .replace("# rate_limit = 100", "rate_limit = 0").replace("# shutdown_timeout = 300", "shutdown_timeout = 1"))
+                      .replace("# rate_limit = 100", "rate_limit = 0").replace("# shutdown_timeout = 300", "shutdown_timeout = 0"))
     pathlib.Path("/etc/hookshot/services.toml").write_text(SERVICES)
     WORK.mkdir(parents=True, exist_ok=True)
     run("chown", "hookshot:", str(WORK))
@@ -158,7 +158,7 @@ def work() -> None:
 
 
 def watch() -> None:
-    add("hookshot.service", "watchdog", "[Service]\nWatchdogSec=3\n")
+    add("hookshot.service", "watchdog", "[Service]\nWatchdogSec=2\n")
     run("systemctl", "restart", "hookshot.service")
     [pid] = properties("MainPID")
     told = properties("WatchdogTimestampMonotonic")
@@ -194,7 +194,7 @@ def restart_under_a_socket() -> None:
     client.start()
     # The first connection starts it.
     until("started by a connection", lambda: answers)
-    for _ in range(3):
+    for _ in range(2):
         count = len(answers)
         run("systemctl", "restart", "hookshot.service")
         until("answered again", lambda: len(answers) > count)

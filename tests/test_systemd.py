@@ -66,7 +66,7 @@ def test_the_manager_hears_of_every_stage_of_a_servers_life(tmp_path, manager):
     host = Host(tmp_path, service(HOLD, '["true"]'), "[server]\nshutdown_timeout = 60\n")
     with contextlib.closing(host):
         host.start(wait=False, env={"NOTIFY_SOCKET": address_of(manager), "WATCHDOG_USEC": "600000"})
-        assert manager.hear() == ["READY=1", "STATUS=idle, 1 service"]
+        assert [manager.hear(), manager.hear()] == [["READY=1"], ["WATCHDOG=1", "STATUS=idle, 1 service"]]
         # Nothing is waited for: at READY=1 it listens, and its workers work.
         host.port = int(re.search(r"127\.0\.0\.1:(\d+)", host.output.read_text())[1])
         host.deploy()
@@ -124,7 +124,7 @@ def daemon(tmp_path, manager, monkeypatch) -> Iterator[hookshot.Daemon]:
     found.start()
     monkeypatch.setattr(hookshot, "_REPORT_TURN_S", 0.0)
     try:
-        manager.hear_until("READY=1")
+        manager.hear_until("STATUS=idle")
         yield found
     finally:
         found.stop()
@@ -170,6 +170,7 @@ def running_as(state: hookshot.State, step: int = 0) -> hookshot.Deployment:
 def test_a_status_says_what_is_done(states, waiting, words):
     deployments = [running_as(hookshot.State(state), 2 * (state != "Validating")) for state in states]
     assert hookshot.describe_work(deployments, waiting, 3) == words
+    assert hookshot._DOINGS.keys() == hookshot.ACTIVE
 
 
 # --- sockets that are passed
@@ -253,7 +254,6 @@ def test_what_cannot_be_listened_on_is_refused_in_a_sentence(tmp_path):
         assert "is no stream socket" in refused(host, datagrams, "web")
         assert "does not listen; write Accept=no" in refused(host, [deaf], "web")
         assert "is no socket" in refused(host, [file], "web")
-        assert "LISTEN_FDNAMES names 2" in refused(host, good, "web:more")
         said = refused(host, good, "other")
         assert "systemd passed no socket named web" in said and 'add "systemd:other"' in said
         assert "leave one or the other" in refused(host, good, "web", "--port", "0")
@@ -263,7 +263,7 @@ def test_without_the_socket_that_is_named_nothing_starts_and_the_client_asks_for
     host = Host(tmp_path, service(), '[server]\nlisten = "systemd:web"\n')
     done = host.cli("run")
     assert done.returncode == 78 and "systemd passed no socket named web" in done.stderr
-    done = host.cli("services", env={"HOOKSHOT_URL": ""})
+    done = host.cli("services", env={"HOOKSHOT_URL": "", "CONFIGURATION_DIRECTORY": "/etc/a-runner"})
     assert done.returncode == 2 and "--url" in done.stderr
 
 
@@ -332,7 +332,7 @@ def test_a_client_that_posts_all_the_time_notices_no_restart(tmp_path):
         for client in clients:
             client.start()
         try:
-            for _ in range(3):
+            for _ in range(2):
                 count = len(answers)
                 wait_until(lambda: len(answers) > count + 5)
                 assert host.stop() == 0
@@ -503,10 +503,10 @@ def test_the_example_of_a_user_is_right():
 
 def test_show_prints_units_for_this_host(tmp_path):
     host = Host(tmp_path / "a host", service(), '[server]\nlisten = "127.0.0.1:8080"\n')
-    unit, own, sockets = (host.cli("show", *words) for words in (("unit",), ("unit", "--user"), ("socket",)))
-    assert [done.returncode for done in (unit, own, sockets)] == [0, 0, 0]
+    unit, sockets = host.cli("show", "unit"), host.cli("show", "socket", "--user")
+    assert (unit.returncode, sockets.returncode) == (0, 0)
     assert f'"{host.config}"' in unit.stdout and program()[1] in unit.stdout and "PrivateTmp" not in unit.stdout
-    assert "WantedBy=default.target" in own.stdout and "ListenStream=127.0.0.1:8080" in sockets.stdout
+    assert "ListenStream=127.0.0.1:8080" in sockets.stdout
 
 
 # --- the real thing
@@ -515,8 +515,9 @@ def test_show_prints_units_for_this_host(tmp_path):
 def test_an_operators_way_with_systemd(tmp_path):
     """tests/machine_systemd.py says what is done: units installed, started, reloaded, watched, stopped, restarted under a socket."""
     need("systemd-nspawn")
-    done = subprocess.run([str(ROOT / "tests/machine.sh"), str(PROGRAM), str(ROOT / "tests/machine_systemd.py")], stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=20 * PATIENCE_S)
+    # By SIGTERM, at which the machine is taken away again.
+    command = ["timeout", str(15 * PATIENCE_S), str(ROOT / "tests/machine.sh"), str(PROGRAM), str(ROOT / "tests/machine_systemd.py")]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip(f"no machine can be had here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
