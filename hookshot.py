@@ -3717,7 +3717,8 @@ class Masker:
             if len(value) >= _MIN_MASKED_BYTES:
                 forms |= {value, base64.b64encode(value).rstrip(b"="), urllib.parse.quote(value, safe="").encode(),
                           urllib.parse.quote_plus(value).encode(),
-                          json.dumps(value.decode("utf-8", "replace"))[1:-1].encode()}
+                          base64.urlsafe_b64encode(value).rstrip(b"="),
+                          *(json.dumps(value.decode("utf-8", "replace"), ensure_ascii=is_ascii)[1:-1].encode() for is_ascii in (True, False))}
         # Longest first: a secret that contains another one is masked whole.
         self._forms = sorted(forms, key=len, reverse=True)
 
@@ -8547,6 +8548,8 @@ def _deploy(app: App, request: Request, current: Current, deploy: DeployRequest,
     service = _service_for(current, deploy.service, deploy.key_id)
     check_request(service, deploy)
     trigger = _trigger_of(current, request, deploy.key_id)
+    # What a caller may have put there by mistake would be in records, in argument lists and in environments.
+    deploy = deploy._replace(metadata={name: current.keyring.masker.mask_text(text) for name, text in deploy.metadata.items()})
     draft = new_deployment(deploy, trigger, deploy.deploy_id or new_deploy_id(now_ms()), now_ms())
     if deploy.dry_run:
         with _planning():
@@ -8574,8 +8577,9 @@ def _wait_of(current: Current, wait_s: int | None) -> int | None:
 
 
 def _trigger_of(current: Current, request: Request, key_id: str) -> Trigger:
+    agent = request.headers.get("user-agent")
     return Trigger(render_peer(client_address(request, current.config.security.trusted_proxies)), key_id,
-                   _plain_text(request.headers.get("user-agent")), request.request_id)
+                   _plain_text(agent and current.keyring.masker.mask_text(agent)), request.request_id)
 
 
 def _service_for(current: Current, name: str, key_id: str) -> Service:
