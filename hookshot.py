@@ -6043,20 +6043,38 @@ def kind_of(check: HttpCheck | SocketCheck) -> str:
     return "http" if isinstance(check, HttpCheck) else "unix" if check.port is None else "tcp"
 
 
-def run_check(check: HttpCheck | SocketCheck, step: int) -> Result:
-    """Probe an HTTP, TCP or unix address once, without any program. Blocks for at most its timeout."""
+def run_check(check: HttpCheck | SocketCheck, step: int, stop: StopToken) -> Result:
+    """Probe an HTTP, TCP or unix address once, without any program. Blocks for at most its timeout, or until a stop."""
     kind = kind_of(check)
     target = check.url if isinstance(check, HttpCheck) else check.host if check.port is None else f"{check.host}:{check.port}"
     started_ms, started = now_ms(), time.monotonic()
+    # A thread of its own: neither a stop nor a deadline reaches into a resolver that waits for its DNS server.
+    notes: list[str] = []
+    read, write = os.pipe()
+    threading.Thread(target=_note_probe, args=(check, notes, write), name="probe", daemon=True).start()
+    poll = select.poll()
+    poll.register(read)
+    poll.register(stop, select.POLLIN)
     try:
-        note = _probe_http(check) if isinstance(check, HttpCheck) else _probe_socket(check)
+        poll.poll(check.timeout_s * 1000)
+    finally:
+        os.close(read)
+    note = notes[0] if notes else "was stopped" if stop.reason else f"did not answer within {check.timeout_s:g} s"
+    status = "succeeded" if not note else "failed" if notes or not stop.reason else "stopped"
+    return Result(phase=Phase.HEALTHCHECK, step=step, name=kind, command=f"{kind} {target}", attempt=1, status=status,
+                  exit_code=None, signal=None, started_ms=started_ms, duration_ms=int((time.monotonic() - started) * 1000), note=note)
+
+
+def _note_probe(check: HttpCheck | SocketCheck, notes: list[str], write: int) -> None:
+    """Add what a probe found to `notes`, "" if all is well, and close `write`."""
+    try:
+        notes.append(_probe_http(check) if isinstance(check, HttpCheck) else _probe_socket(check))
     except TimeoutError:
-        note = f"did not answer within {check.timeout_s:g} s"
+        notes.append(f"did not answer within {check.timeout_s:g} s")
     except (OSError, http.client.HTTPException, ValueError) as error:
-        note = f"failed: {getattr(error, 'strerror', None) or type(error).__name__}"
-    return Result(phase=Phase.HEALTHCHECK, step=step, name=kind, command=f"{kind} {target}", attempt=1,
-                  status="failed" if note else "succeeded", exit_code=None, signal=None, started_ms=started_ms,
-                  duration_ms=int((time.monotonic() - started) * 1000), note=note)
+        notes.append(f"failed: {getattr(error, 'strerror', None) or type(error).__name__}")
+    finally:
+        os.close(write)
 
 
 def _probe_socket(check: SocketCheck) -> str:
@@ -7387,7 +7405,9 @@ class _Job:
         for step, check in enumerate(plan.checks, len(plan.commands[Phase.HEALTHCHECK]) + 1):
             self._heed_stop()
             self._deployment = self._deployment._replace(step=step, command_no=self._deployment.command_no + 1, current_step=kind_of(check))
-            result = self._record(run_check(check, step))
+            result = self._record(run_check(check, step, self._stop))
+            if result.status == "stopped":
+                raise _Interrupted
             if not result.is_ok:
                 return result
         return None

@@ -669,8 +669,13 @@ def answer_of(status: str = "200 OK", body: bytes = b"all is well", *headers: st
     return head.encode() + b"\r\n\r\n" + body
 
 
+def run_check(check, step: int) -> hookshot.Result:
+    with contextlib.closing(hookshot.StopToken()) as stop:
+        return hookshot.run_check(check, step, stop)
+
+
 def probe(url: str, status=200, contains=None, timeout_s=20.0) -> hookshot.Result:
-    return hookshot.run_check(hookshot.HttpCheck(url, status, contains, timeout_s), 3)
+    return run_check(hookshot.HttpCheck(url, status, contains, timeout_s), 3)
 
 
 def closed_port() -> int:
@@ -716,7 +721,7 @@ def test_an_answer_over_ipv6_is_as_good():
         with server(answer_of(), family=socket.AF_INET6, host="::1") as (port, seen):
             assert probe(f"http://[::1]:{port}/").is_ok
             assert f"Host: [::1]:{port}" in seen[0].decode()
-            assert hookshot.run_check(hookshot.SocketCheck("::1", port, 20.0), 1).is_ok
+            assert run_check(hookshot.SocketCheck("::1", port, 20.0), 1).is_ok
     except OSError:
         pytest.skip("this host has no IPv6")
 
@@ -725,8 +730,17 @@ def test_a_refused_connection_is_a_failure_that_says_so():
     port = closed_port()
     result = probe(f"http://127.0.0.1:{port}/")
     assert (result.status, result.note) == ("failed", "failed: Connection refused")
-    result = hookshot.run_check(hookshot.SocketCheck("127.0.0.1", port, 20.0), 1)
+    result = run_check(hookshot.SocketCheck("127.0.0.1", port, 20.0), 1)
     assert (result.status, result.name, result.note, result.command) == ("failed", "tcp", "failed: Connection refused", f"tcp 127.0.0.1:{port}")
+
+
+def test_a_stop_ends_a_probe_that_waits_for_an_answer():
+    with server() as (port, seen), contextlib.closing(hookshot.StopToken()) as stop:
+        stopper = threading.Thread(target=lambda: (wait_until(lambda: seen), stop.set("cancel")))
+        stopper.start()
+        result = hookshot.run_check(hookshot.HttpCheck(f"http://127.0.0.1:{port}/", 200, None, 600.0), 1, stop)
+        stopper.join()
+    assert (result.status, result.note, result.duration_ms < 600_000) == ("stopped", "was stopped", True)
 
 
 def test_silence_is_a_failure_when_the_time_is_up():
@@ -767,17 +781,17 @@ def test_an_address_that_is_none_is_a_failure(url):
 
 def test_a_tcp_check_succeeds_when_the_connection_is_accepted():
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        result = hookshot.run_check(hookshot.SocketCheck("127.0.0.1", listener.getsockname()[1], 20.0), 2)
+        result = run_check(hookshot.SocketCheck("127.0.0.1", listener.getsockname()[1], 20.0), 2)
     assert (result.status, result.note, result.step) == ("succeeded", "", 2)
 
 
 def test_a_unix_check_needs_a_listening_socket(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check = hookshot.SocketCheck("s", None, 20.0)
-    assert hookshot.run_check(check, 1).note == "failed: No such file or directory"
+    assert run_check(check, 1).note == "failed: No such file or directory"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("s")
-        assert hookshot.run_check(check, 1).note == "failed: Connection refused"
+        assert run_check(check, 1).note == "failed: Connection refused"
         listener.listen()
-        result = hookshot.run_check(check, 1)
+        result = run_check(check, 1)
     assert (result.status, result.name, result.command) == ("succeeded", "unix", "unix s")
