@@ -504,6 +504,7 @@ def test_a_read_token_that_is_taken_away_ends_what_is_read_with_it(tmp_path):
         host.secrets.write_text(f"hmac_key={KEY}\nread_token={tokens[1]}\n")
         assert reload(host)["changes"] == ["secret read_token: new value"]
         events_left = stream("/events", tokens[1])
+        wait_until(lambda: events(host, "stream_dropped"))
         assert b"event: dropped" in revoked[0].read()
         with pytest.raises(http.client.IncompleteRead):
             revoked[1].read()
