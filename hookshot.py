@@ -3323,10 +3323,9 @@ def lock_memory() -> None:
         libc, (soft, hard) = _libc(), resource.getrlimit(resource.RLIMIT_MEMLOCK)
         if soft != resource.RLIM_INFINITY:
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, hard))
-        try:
-            # ONFAULT: of a stack only what is used, so this costs no memory.
-            libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
-        finally:
+        # ONFAULT: of a stack only what is used, so this costs no memory.
+        libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
+        if soft != resource.RLIM_INFINITY:
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
     except (ImportError, AttributeError, OSError, ValueError):
         pass
@@ -12566,7 +12565,7 @@ class Host(NamedTuple):
     # By the check that tells them.
     problems: Mapping[str, Sequence[Problem]]
     environ: Mapping[str, str]
-    # The pid of the server, and whom it runs as, or would: who owns the data directory, or else who asks.
+    # The pid of the server, and whom it runs as, or would: who owns the data directory, or else whom the unit names.
     server: int | None
     account: Account | None
 
@@ -12600,6 +12599,9 @@ def _read_host(config_path: str, services_path: str, environ: Any, there: Mappin
     settings = reading.take("files", functools.partial(read_settings, config_path, services_path), Settings(defaults, Services({})))
     config = _mend(settings.config, defaults)
     server, account = reading.take("host", lambda problems: _look_for_server(config.storage.data_dir), (None, None))
+    unit = not account and _ask_systemd(_UNIT, environ) or {}
+    with contextlib.suppress(ValueError):
+        account = account or find_account(unit.get("User") or None, None)
     if there is None:
         there = {os.fsdecode(name): os.fsdecode(value) for name, value in read_environment(server).items()} if server else {}
         if account and become(account):
@@ -12610,6 +12612,8 @@ def _read_host(config_path: str, services_path: str, environ: Any, there: Mappin
     surroundings = surroundings._replace(credentials=surroundings.credentials or there.get("CREDENTIALS_DIRECTORY"))
     seen = {**environ, "PATH": there.get("PATH") or environ.get("PATH", DEFAULT_PATH)}
     reading.take("host", functools.partial(check_host, Settings(config, services), config_path, services_path, seen), None)
+    if unit.get("StateDirectory"):  # systemd makes it
+        reading.problems["host"] = [problem for problem in reading.problems["host"] if problem.path != "storage.data_dir"]
     keyring = reading.take("secrets", functools.partial(load_keyring, config, services, surroundings, config_path), Keyring({}, Masker([])), _SECRETS_PATIENCE_S)
     reading.take("secrets", lambda problems: check_channels(config.notifications, keyring.values, Place(config_path, "notifications", problems)), None)
     reading.take("tls", lambda problems: load_tls(config.server.tls, Place(config_path, "server.tls", problems)), None)
@@ -12736,7 +12740,7 @@ def _examine_memory(host: Host) -> Iterator[Remark]:
         yield "warn", f"{whose} {found}", "install Python's ctypes"
     elif found.is_locked is False:
         # Only with a swap that is not encrypted, and few hosts give this right: no warning each time.
-        yield "ok", f"{whose} {found}", "LimitMEMLOCK=infinity or CAP_IPC_LOCK lets it lock its memory"
+        yield "ok", f"{whose} {found}", "LimitMEMLOCK=infinity in the unit lets it lock its memory"
     else:
         yield "ok", f"{whose} {found}", ""
 
@@ -12829,14 +12833,21 @@ def _examine_listening(host: Host) -> Iterator[Remark]:
         number = why_not_bound(address)
         if not number:
             yield "ok", f"{address} is free; no server runs", ""
-        elif number == errno.EADDRINUSE and os.path.isdir(host.config.storage.data_dir) and not os.access(host.config.storage.data_dir, os.X_OK):
-            yield "warn", f"{address} is in use; by the server or not, only its user can see", "run this as root"
         elif number == errno.EADDRINUSE:
-            yield "fail", f"{address} is used by {address.port and find_listener(address.port) or 'another program'}", "end it, or choose another address in server.listen"
+            yield _tell_who_listens(host, address)
         elif number == errno.EACCES:
             yield "warn", f"{address} is not open to {own_user()}", "ports below 1024 need CAP_NET_BIND_SERVICE, which a unit can give"
         else:
             yield "fail", f"{address} cannot be listened on: {os.strerror(number)}", "choose another address in server.listen"
+
+
+def _tell_who_listens(host: Host, address: ListenAddress) -> Remark:
+    folder = host.config.storage.data_dir
+    if (_ask_systemd(_UNIT.replace(".service", ".socket"), host.environ) or {}).get("ActiveState") == "active":
+        return "ok", f"{address} is in use while hookshot.socket is active, which starts the server when somebody connects", ""
+    if os.path.isdir(folder) and not os.access(folder, os.X_OK):
+        return "warn", f"{address} is in use; by the server or not, only its user can see", "run this as root"
+    return "fail", f"{address} is used by {address.port and find_listener(address.port) or 'another program'}", "end it, or choose another address in server.listen"
 
 
 def _examine_answer(pid: int, client: Client) -> Iterator[Remark]:
@@ -12905,7 +12916,7 @@ def _examine_unit(host: Host) -> Iterator[Remark]:
 
 def _ask_systemd(name: str, environ: Mapping[str, str]) -> dict[str, str] | None:
     """Return what systemd says of a unit, or None where it does not run."""
-    properties = ("LoadState", "Type", "User", "KillMode", "WatchdogUSec", "NeedDaemonReload", "TimeoutStopUSec")
+    properties = ("LoadState", "Type", "User", "KillMode", "WatchdogUSec", "NeedDaemonReload", "StateDirectory", "ActiveState")
     try:
         done = subprocess.run(["systemctl", "show", name, f"--property={','.join(properties)}"], stdin=subprocess.DEVNULL, capture_output=True,
                               env=dict(environ), timeout=_CHECK_PATIENCE_S)

@@ -133,6 +133,7 @@ def start() -> None:
     (WORK / "go").touch()
     until("active", lambda: properties("ActiveState") == ["active"])
     seen["ready"] = [ask("GET", "/ready")[0], *properties("StatusText", "User")]
+    seen["doctor"] = [line for line in hookshot("doctor").splitlines() if line.startswith(("fail", "ok   user", "ok   unit", "warn unit"))]
 
 
 def work() -> None:

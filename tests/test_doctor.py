@@ -24,6 +24,8 @@ WRONG = ("warn", "fail")
 
 
 def read(host: Host, environ: dict[str, str] | None = None) -> hookshot.Host:
+    # Whose it is, is the server's user: were there none, or another's, these tests of root's would become that user.
+    host.data.mkdir(exist_ok=True)
     return hookshot._read_host(str(host.config), str(host.services), dict(os.environ if environ is None else environ))
 
 
@@ -103,10 +105,10 @@ def test_a_terminal_gets_colours_unless_its_user_wants_none(host, no_colour):
 
 
 def test_without_any_file_the_rest_is_looked_at(tmp_path):
-    missing = str(tmp_path / "none.toml")
-    found = {finding.check: finding for finding in hookshot.examine(missing, missing, {"PATH": os.environ["PATH"]}) if finding.check in ("files", "disk", "sqlite")}
-    assert found["files"].status == "fail" and "hookshot init" in found["files"].advice
-    assert found["disk"].status != "fail" and found["sqlite"].status == "ok"
+    done = subprocess.run([sys.executable, str(PROGRAM), "-c", str(tmp_path / "none.toml"), "doctor", "--json"], capture_output=True)
+    found = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    assert done.returncode == 78 and found["files"]["status"] == "fail" and "hookshot init" in found["files"]["advice"]
+    assert found["sqlite"]["status"] == found["python"]["status"] == "ok" and found.keys() == hookshot.CHECKS.keys()
 
 
 def test_what_hangs_costs_its_line_alone(tmp_path):
@@ -311,20 +313,32 @@ def test_programs_and_folders_that_are_closed_to_their_user_are_warned_of(tmp_pa
     only(look(host, "commands"), "warn", f"{tmp_path}/closed/tool cannot be reached by nobody", "is closed to it")
 
 
+def python_of_others() -> str:
+    """Return a Python that users other than root can run, with this checkout."""
+    python = "/usr/bin/python3"
+    if not os.path.exists(python) or hookshot.find_closed(str(PROGRAM.parent), hookshot.find_account("nobody", None)) \
+            or subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]).returncode:
+        pytest.skip("this machine has no Python from 3.11 on, or no checkout, that other users can read")
+    return python
+
+
+def open_to_others(folder: pathlib.Path) -> None:
+    """Let other users into a test's folder; pytest keeps those above it to its user."""
+    for step in (folder, *folder.parents):
+        if step.stat().st_uid == os.geteuid() and not step.stat().st_mode & 0o1:
+            step.chmod(0o755)
+
+
 @needs_root
 def test_root_looks_as_the_servers_user_does(tmp_path):
     """Who has the data directory is the server's user: its secrets are rightly its own, and what is closed to it is told."""
-    python = "/usr/bin/python3"
+    python = python_of_others()
     account = hookshot.find_account("nobody", None)
-    if not os.path.exists(python) or hookshot.find_closed(str(PROGRAM.parent), account) or subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]).returncode:
-        pytest.skip("this machine has no Python, or no checkout, that other users can read")
     host = Host(tmp_path / "host", service())
     host.data.mkdir()
     for path in (host.folder, *host.folder.iterdir()):
         os.chown(path, account.uid, account.gid)
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.owner() == "root" and folder.name.startswith(("pytest-", tmp_path.name)):
-            folder.chmod(0o755)
+    open_to_others(tmp_path)
     done = subprocess.run([python, str(PROGRAM), "-c", str(host.config), "doctor", "--json"], capture_output=True, text=True)
     found = {finding["check"]: finding for finding in json.loads(done.stdout)}
     assert done.returncode == 0, done.stdout
@@ -338,6 +352,11 @@ def test_root_looks_as_the_servers_user_does(tmp_path):
 # --- systemd
 
 
+def fake_systemctl(folder: pathlib.Path, facts: str, unit: str = "hookshot.service") -> None:
+    (folder / "systemctl").write_text(f"#!/bin/sh\n[ $1 = show ] && [ $2 = {unit} ] && printf '%s\\n' '{facts}'\n")
+    (folder / "systemctl").chmod(0o755)
+
+
 @pytest.mark.parametrize("facts, words", [
     ("Type=notify\nLoadState=loaded\nKillMode=mixed\nWatchdogUSec=30s\nNeedDaemonReload=no\nUser=hookshot", []),
     ("Type=simple\nLoadState=loaded\nKillMode=control-group\nWatchdogUSec=30s\nNeedDaemonReload=yes\nUser=",
@@ -345,11 +364,32 @@ def test_root_looks_as_the_servers_user_does(tmp_path):
     ("LoadState=not-found", ["show unit"])])
 def test_a_unit_that_does_not_suit_the_server_is_warned_of(host, facts, words):
     """What systemctl prints of a unit, printed by another program: the machine of the tests has no service manager."""
-    (host.folder / "systemctl").write_text(f"#!/bin/sh\n[ $1 = show ] && [ $2 = hookshot.service ] && printf '%s\\n' '{facts}'\n")
-    (host.folder / "systemctl").chmod(0o755)
+    fake_systemctl(host.folder, facts)
     found = look(host, "unit", {"PATH": f"{host.folder}:{os.environ['PATH']}"})
     assert [status for status, _ in found] == (["warn"] * len(words) or ["ok"]), found
     assert all(word in line for word, (_, line) in zip(words, found, strict=bool(words)))
+
+
+@needs_root
+def test_before_the_first_start_the_unit_says_whose_the_server_will_be(tmp_path):
+    """And systemd makes the data directory, which that user could not."""
+    python = python_of_others()
+    host = Host(tmp_path / "host", service())
+    for path in (host.folder, *host.folder.iterdir()):
+        os.chown(path, 65534, -1)
+    host.folder.chmod(0o555)
+    open_to_others(tmp_path)
+    fake_systemctl(tmp_path, "LoadState=loaded\nType=notify\nKillMode=mixed\nUser=nobody\nStateDirectory=hookshot")
+    done = subprocess.run([python, str(PROGRAM), "-c", str(host.config), "doctor"], capture_output=True, text=True, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 0 and "ok   user      nobody, as the server" in done.stdout, done.stdout
+
+
+def test_a_port_that_systemd_holds_for_the_server_is_well(host):
+    fake_systemctl(host.folder, "LoadState=loaded\nActiveState=active", unit="hookshot.socket")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        host.write(service(), f'[server]\nlisten = "127.0.0.1:{taken.getsockname()[1]}"\n')
+        [(status, line)] = look(host, "server", {"PATH": f"{host.folder}:{os.environ['PATH']}"})
+    assert status == "ok" and "hookshot.socket is active" in line
 
 
 def test_a_host_without_systemd_is_well(host):

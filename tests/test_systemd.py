@@ -523,6 +523,7 @@ def test_an_operators_way_with_systemd(tmp_path):
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen == {
+        "doctor": ["ok   user      hookshot, as the server", "ok   unit      hookshot.service is loaded, Type=notify, User=hookshot"],
         "verify": [0, ""], "before ready": ["activating", "start"], "ready": [200, "idle, 1 service", "hookshot"], "deployed": ["Succeeded", True],
         "status": "deploying web, step 2 of 2", "reloaded": ["Deploying", "0"], "not reloaded": [1, "active"], "stopped": ["inactive", "success", True], "left": [],
         "recovered": "RolledBack", "in peace": True, "watchdog": [True, 200, True], "under a socket": [202], "lost": [], "listens": True,
