@@ -201,6 +201,10 @@ def render_exits() -> str:
     return render_table(("Exit status", "When"), [(status, ", ".join(words)) for status, words in sorted(meanings.items())])
 
 
+def render_checks() -> str:
+    return render_table(("Check", "Looks at"), [(code(name), check.doc) for name, check in hookshot.CHECKS.items()])
+
+
 # --- the design
 
 
@@ -219,7 +223,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "config": render_config, "services": render_services, "command-keys": render_command_keys, "probe-keys": render_probe_keys,
     "channel-keys": render_channel_keys, "channel-types": render_channel_types, "metrics": render_metrics, "log-events": render_log_events,
     "variables": render_variables, "functions": render_functions, "routes": render_routes, "gates": render_gates, "errors": render_errors,
-    "limits": render_limits, "states": render_states, "commands": render_commands, "exits": render_exits, "sections": render_sections}
+    "limits": render_limits, "states": render_states, "commands": render_commands, "checks": render_checks, "exits": render_exits, "sections": render_sections}
 
 
 def render_page(text: str) -> str:

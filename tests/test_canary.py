@@ -217,8 +217,10 @@ def test_no_secret_is_found_anywhere(planted):
         for call in calls:
             if call[0] in hookshot.COMMANDS:
                 done = host.cli(*call, env={**env, "HOOKSHOT_URL": f"https://127.0.0.1:{host.port}", "HOOKSHOT_CA": str(certificates.ca), "HOOKSHOT_READ_TOKEN": values["read_token"]})
+                assert done.returncode != 2, done.stderr
                 found += planted.find(" ".join(call), (done.stdout + done.stderr).encode())
-        assert good.wait_for(1) and bad.wait_for(1)
+        for request in (*good.wait_for(1), *bad.wait_for(1)):
+            found += planted.find("a notice", request.body)
         assert host.stop() == 0
     finally:
         host.close()
