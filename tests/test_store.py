@@ -1058,9 +1058,10 @@ def test_a_start_on_a_full_disk_says_so(disk):
 # --- one server a folder, private to it
 
 def test_what_a_server_writes_is_private_whatever_its_umask(tmp_path):
+    host = support.Host(tmp_path, support.service('["echo", "hello"]'))
     before = os.umask(0)
     try:
-        with support.running(tmp_path, support.service('["echo", "hello"]')) as host:
+        with contextlib.closing(host.start()):
             host.wait(host.deploy())
             modes = {path.relative_to(tmp_path).as_posix(): stat.S_IMODE(path.lstat().st_mode)
                      for path in (host.data, *host.data.rglob("*"))}
