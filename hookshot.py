@@ -12585,7 +12585,7 @@ class _Reading:
         problems: list[Problem] = []
         found = _within(patience_s, lambda: iter([work(problems)]))
         if not isinstance(found, list):
-            problems = [Problem(self._path, "", f"what it names cannot be looked at: {found}; see what hangs there")]
+            problems = [Problem(self._path, "", f"what it names cannot be looked at: {found}")]
         self.problems[check] = self.problems.get(check, []) + problems
         return found[0] if isinstance(found, list) else otherwise
 
@@ -12642,16 +12642,16 @@ def examine(config_path: str, services_path: str, environ: Any) -> Iterator[Find
     host = _read_host(config_path, services_path, environ)
     for name, check in CHECKS.items():
         found = _within(check.patience_s, functools.partial(check.run, host))
-        if isinstance(found, list):
-            yield from (Finding(status, name, message, advice) for status, message, advice in found)
-        else:
-            yield Finding("fail", name, f"cannot be looked at: {found}", "see what hangs there")
+        if isinstance(found, str):
+            why, _, advice = found.partition("; ")
+            found = [("fail", f"cannot be looked at: {why}", advice)]
+        yield from (Finding(status, name, message, advice) for status, message, advice in found)
 
 
 def _within(patience_s: float, work: Callable[[], Iterator[Any]]) -> list[Any] | str:
     """Return what `work` yields, or why it cannot be had in time. A thread that hangs is left behind: nothing else can be done with it."""
     found: list[Any] = []
-    why = [f"it takes more than {patience_s:g} s"]
+    why = [f"it takes more than {patience_s:g} s; see what hangs there"]
 
     def run() -> None:
         try:
@@ -12800,6 +12800,9 @@ def _examine_room(key: str, folder: str) -> Iterator[Remark]:
 
 def _examine_database(host: Host) -> Iterator[Remark]:
     path = os.path.join(host.config.storage.data_dir, "state.db")
+    if _is_closed(host):
+        yield "warn", f"{path} cannot be looked at by {own_user()}", "run this as root"
+        return
     if not os.path.exists(path):
         yield "ok", f"{path} does not exist yet; the first start makes it", ""
         return
@@ -12841,11 +12844,16 @@ def _examine_listening(host: Host) -> Iterator[Remark]:
             yield "fail", f"{address} cannot be listened on: {os.strerror(number)}", "choose another address in server.listen"
 
 
-def _tell_who_listens(host: Host, address: ListenAddress) -> Remark:
+def _is_closed(host: Host) -> bool:
+    """Return whether this user may not look into the data directory, so that what is not seen there may be there all the same."""
     folder = host.config.storage.data_dir
+    return os.path.isdir(folder) and not os.access(folder, os.X_OK)
+
+
+def _tell_who_listens(host: Host, address: ListenAddress) -> Remark:
     if (_ask_systemd(_UNIT.replace(".service", ".socket"), host.environ) or {}).get("ActiveState") == "active":
         return "ok", f"{address} is in use while hookshot.socket is active, which starts the server when somebody connects", ""
-    if os.path.isdir(folder) and not os.access(folder, os.X_OK):
+    if _is_closed(host):
         return "warn", f"{address} is in use; by the server or not, only its user can see", "run this as root"
     return "fail", f"{address} is used by {address.port and find_listener(address.port) or 'another program'}", "end it, or choose another address in server.listen"
 

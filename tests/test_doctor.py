@@ -119,7 +119,7 @@ def test_what_hangs_costs_its_line_alone(tmp_path):
     assert reading.take("files", lambda problems: open(tmp_path / "pipe"), "instead", 0.2) == "instead"
     with open(tmp_path / "pipe", "wb"):
         pass
-    assert problem == "it takes more than 0.2 s"
+    assert problem == "it takes more than 0.2 s; see what hangs there"
     assert "cannot be looked at: it takes more than 0.2 s" in reading.problems["files"][0].message
 
 
@@ -368,6 +368,20 @@ def test_a_unit_that_does_not_suit_the_server_is_warned_of(host, facts, words):
     found = look(host, "unit", {"PATH": f"{host.folder}:{os.environ['PATH']}"})
     assert [status for status, _ in found] == (["warn"] * len(words) or ["ok"]), found
     assert all(word in line for word, (_, line) in zip(words, found, strict=bool(words)))
+
+
+@needs_root
+def test_another_user_is_told_what_he_cannot_see_and_nothing_that_is_not_so(tmp_path):
+    python = python_of_others()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        host = Host(tmp_path / "host", service(), f'[server]\nlisten = "127.0.0.1:{taken.getsockname()[1]}"\n')
+        host.data.mkdir(mode=0o700)
+        open_to_others(host.folder)
+        done = subprocess.run([python, str(PROGRAM), "-c", str(host.config), "doctor", "--json"], capture_output=True, text=True, user=4321, group=4321,
+                              extra_groups=[], env={"PATH": os.environ["PATH"]})
+    found = {finding["check"]: (finding["status"], finding["message"]) for finding in json.loads(done.stdout)}
+    assert found["user"] == ("warn", "this is 4321, the server's user is root: modes, secrets and limits are told as 4321 meets them")
+    assert found["database"] == ("warn", f"{host.data}/state.db cannot be looked at by 4321") and found["server"][0] == "warn" and "is in use" in found["server"][1]
 
 
 @needs_root
