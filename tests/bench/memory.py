@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Resident memory of the server, idle and after each 500 of 3,000 deployments: archives and source file."""
+"""Resident memory of the server, idle and after each 500 of 3,000 deployments: archives, source file, and memory that is not locked."""
 
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,9 +17,9 @@ def resident_mb(pid: int) -> float:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
 
 
-def measure(*program: str) -> None:
+def measure(name: str, *argv: str) -> None:
     """Print the memory of one server over its deployments."""
-    host = make_host(service('["echo", "{{IMAGE}}"]')).start(argv=(sys.executable, *program))
+    host = make_host(service('["echo", "{{IMAGE}}"]')).start(argv=argv)
     try:
         time.sleep(3)
         found = [resident_mb(host.process.pid)]
@@ -30,7 +32,7 @@ def measure(*program: str) -> None:
                 found.append(resident_mb(host.process.pid))
     finally:
         host.close()
-    print(f"  {pathlib.Path(program[0]).name:14} " + "  ".join(f"{value:5.1f}" for value in found), flush=True)
+    print(f"  {name:14} " + "  ".join(f"{value:5.1f}" for value in found), flush=True)
 
 
 def main() -> None:
@@ -39,9 +41,12 @@ def main() -> None:
         for name, flags in (("byte-code.pyz", ["--python", sys.executable]), ("source.pyz", [])):
             archive = str(pathlib.Path(folder, name))
             subprocess.run([sys.executable, str(ROOT / "build_zipapp.py"), "--output", archive, *flags], check=True, capture_output=True)
-            measure(archive)
+            measure(name, sys.executable, archive)
         # The interpreter keeps the syntax tree of the script that it runs: 14 MB that an archive does not cost.
-        measure(str(ROOT / "hookshot.py"))
+        measure("hookshot.py", sys.executable, str(ROOT / "hookshot.py"))
+        if os.geteuid() == 0 and shutil.which("setpriv"):
+            # Root's server locks its memory; without the right to do so it does not.
+            measure("not locked", "setpriv", "--bounding-set", "-ipc_lock", "--inh-caps", "-ipc_lock", sys.executable, str(ROOT / "hookshot.py"))
 
 
 if __name__ == "__main__":
