@@ -133,7 +133,7 @@ def daemon(tmp_path, manager, monkeypatch) -> Iterator[hookshot.Daemon]:
 
 def test_the_watchdog_hears_nothing_while_a_part_does_not_turn(daemon, manager, capfd):
     daemon.report(time.monotonic())
-    assert manager.hear() == ["WATCHDOG=1"]
+    assert "WATCHDOG=1" in manager.hear()
     daemon.report(time.monotonic() + 1000)
     assert manager.hear() == ["STATUS=stuck: reader, housekeeper"] and '"stuck"' in capfd.readouterr().err
     daemon.report(time.monotonic())
