@@ -13819,8 +13819,9 @@ class _Need(NamedTuple):
 _WRAPPERS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "env", "nice", "ionice", "timeout", "nohup", "setsid", "flock", "xargs", "time", "stdbuf"})
 _NEEDS = (
     _Need(("podman", "buildah", "crun", "runc", "nerdctl", "ctr", "unshare", "nsenter", "bwrap", "chroot", "mount", "umount"),
-          "makes namespaces, mounts and cgroups of its own, and hands out capabilities", ("*",), ("Delegate=yes", "CapabilityBoundingSet=~CAP_BLOCK_SUSPEND CAP_LEASE CAP_LINUX_IMMUTABLE CAP_MAC_ADMIN CAP_MAC_OVERRIDE "
-                    "CAP_SYS_BOOT CAP_SYS_PACCT CAP_SYS_RAWIO CAP_SYS_TIME CAP_SYS_TTY_CONFIG CAP_SYSLOG CAP_WAKE_ALARM"), is_root=True),
+          "makes namespaces, mounts and cgroups of its own, and hands out capabilities", ("*",),
+          ("Delegate=yes", "CapabilityBoundingSet=~CAP_BLOCK_SUSPEND CAP_LEASE CAP_LINUX_IMMUTABLE CAP_MAC_ADMIN CAP_MAC_OVERRIDE CAP_SYS_BOOT "
+                           "CAP_SYS_PACCT CAP_SYS_RAWIO CAP_SYS_TIME CAP_SYS_TTY_CONFIG CAP_SYSLOG CAP_WAKE_ALARM"), is_root=True),
     _Need(("sudo", "doas", "su", "runuser", "pkexec"), "takes on the rights of another user, which every restriction would take away again", ("*",)),
     _Need(("apt", "apt-get", "dpkg", "dnf", "yum", "rpm", "zypper", "apk", "pacman", "snap", "flatpak"), "installs programs, anywhere on this host",
           ("*",), is_root=True),
@@ -13851,6 +13852,19 @@ def _named_programs(config: Config, services: Services) -> dict[str, str]:
         for program in programs:
             found.setdefault(program, who)
     return found
+
+
+def _user_of_unit(settings: Settings) -> str:
+    """Return whom a service of the host must run as for its commands to work."""
+    named = _named_programs(*settings)
+    # Who writes sudo has seen to it that root is not needed.
+    asks_root = "sudo" not in named and any(need.is_root and not named.keys().isdisjoint(need.programs) for need in _NEEDS)
+    return "root" if asks_root or _has_users(settings.services) else "hookshot"
+
+
+def _has_users(services: Services) -> bool:
+    """Return whether commands run as users of their own."""
+    return any(service.user or service.group for service in services.by_name.values())
 
 
 def _unit_word(text: str, *, is_command: bool = False) -> str:
@@ -13893,9 +13907,8 @@ def _credential_lines(settings: Settings, folder: str) -> list[str]:
 def _hardening_lines(settings: Settings, paths: Iterable[str], needs: Sequence[_Need], *, is_root: bool, is_user: bool) -> list[str]:
     """Return the restrictions that leave the configured commands working."""
     config, services = settings
-    has_users = any(service.user or service.group for service in services.by_name.values())
     lifted = {lift for need in needs for lift in need.lifts}
-    lifted |= {"ProtectProc=invisible"} if has_users else set()
+    lifted |= {"ProtectProc=invisible"} if _has_users(services) else set()
     lifted |= {"SystemCallFilter=~@resources"} if any(service.nice for service in services.by_name.values()) else set()
     binds = any(0 < address.port < 1024 for address in config.server.listen if not address.path)
     granted = ["CAP_NET_BIND_SERVICE"] * binds
@@ -13917,22 +13930,20 @@ def render_unit(settings: Settings, paths: tuple[str, str], program: Sequence[st
     config, services = settings
     named = _named_programs(config, services)
     needs = [need for need in _NEEDS if not named.keys().isdisjoint(need.programs)]
-    has_users = any(service.user or service.group for service in services.by_name.values())
-    # Who writes sudo has seen to it that it needs not be root.
-    is_root = not is_user and (has_users or (any(need.is_root for need in needs) and "sudo" not in named))
+    user = _user_of_unit(settings)
     touched = [*program, *paths, config.secrets.secrets_file, config.storage.data_dir, config.logging.directory, *config.server.tls,
                *(service.working_dir or "" for service in services.by_name.values())]
     command = " ".join(_unit_word(word, is_command=True) for word in (*program, "-c", paths[0], "-s", paths[1]))
     network = [] if is_user else ["Wants=network-online.target", "After=network-online.target"]
     lines = [f"# {name}, of {named[name]}, {need.why}." for need in needs for name in need.programs if name in named]
-    lines += ["# Commands run as users of their own, which only root can bring about."] * (has_users and not is_user)
-    lines += [] if is_user else ["User=root" if is_root else "User=hookshot"]
+    lines += ["# Commands run as users of their own, which only root can bring about."] * (_has_users(services) and not is_user)
+    lines += [] if is_user else [f"User={user}"]
     lines += [line for need in needs for line in need.adds if not is_user]
     lines += [] if is_user else _folder_lines(settings, is_bound=not any("*" in need.lifts for need in needs))
     lines += _credential_lines(settings, os.path.dirname(paths[0]))
     descriptors = descriptors_needed(config.server)
     lines += [f"LimitNOFILE={descriptors}:524288"] * (descriptors > 1024)
-    lines += _hardening_lines(settings, touched, needs, is_root=is_root, is_user=is_user)
+    lines += _hardening_lines(settings, touched, needs, is_root=user == "root", is_user=is_user)
     return UNIT.replace("@NETWORK@\n", "".join(f"{line}\n" for line in network)).replace("@COMMAND@", command).replace("@STOP@", str(config.server.shutdown_timeout + END_S)) \
         .replace("@REST@", "\n".join(lines)).replace("@TARGET@", "default.target" if is_user else "multi-user.target")
 
@@ -13947,7 +13958,7 @@ def render_socket(settings: Settings, *, is_user: bool = False) -> str:
             raise HookshotError("usage", f"server.listen has {address}, of which a socket unit cannot be made; write a port and an address, or a path")
         lines.append("ListenStream=" + (address.path.replace("%", "%%") or (str(address._replace(host=host)) if host else str(address.port))))
     if any(address.path for address in server.listen):
-        lines += [f"SocketMode={server.socket_mode:04o}", *([] if is_user else ["SocketUser=hookshot"]), "RemoveOnStop=yes"]
+        lines += [f"SocketMode={server.socket_mode:04o}", *([] if is_user else [f"SocketUser={_user_of_unit(settings)}"]), "RemoveOnStop=yes"]
     # ":8080" is every address, IPv4 among them; "[::]:8080" is IPv6 alone.
     lines += ["BindIPv6Only=ipv6-only"] * any(":" in address.host for address in server.listen)
     return UNIT_SOCKET.replace("@LISTEN@", "\n".join(lines))
@@ -13962,10 +13973,9 @@ def _shown_value(name: str, value: Any) -> Any:
     """Return a configured value for a program to read; one that is or may be a secret is masked."""
     if name in (*SECRET_KEYS, *EVENTS_OF_WEBHOOK) and value:
         return value if secret_named(value) else "***"
-    if isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, ListenAddress | Template):
-        return {field: _shown_value(field, entry) for field, entry in value._asdict().items()}
-    if isinstance(value, tuple) and not isinstance(value, ListenAddress | Template):
-        return [_shown_value("", entry) for entry in value]
+    if isinstance(value, tuple) and not isinstance(value, ListenAddress):
+        is_table = hasattr(value, "_asdict")
+        return {field: _shown_value(field, entry) for field, entry in value._asdict().items()} if is_table else [_shown_value("", entry) for entry in value]
     return f"{value:04o}" if name == "socket_mode" else value if isinstance(value, str | int | bool) or value is None else str(value)
 
 
