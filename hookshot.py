@@ -13943,6 +13943,8 @@ def render_unit(settings: Settings, paths: tuple[str, str], program: Sequence[st
     lines += _credential_lines(settings, os.path.dirname(paths[0]))
     descriptors = descriptors_needed(config.server)
     lines += [f"LimitNOFILE={descriptors}:524288"] * (descriptors > 1024)
+    # A user's own manager may not raise it.
+    lines += [] if is_user else ["# Keys do not reach the swap.", "LimitMEMLOCK=infinity"]
     lines += _hardening_lines(settings, touched, needs, is_root=user == "root", is_user=is_user)
     return UNIT.replace("@NETWORK@\n", "".join(f"{line}\n" for line in network)).replace("@COMMAND@", command).replace("@STOP@", str(config.server.shutdown_timeout + END_S)) \
         .replace("@REST@", "\n".join(lines)).replace("@TARGET@", "default.target" if is_user else "multi-user.target")
