@@ -5205,7 +5205,9 @@ class Store:
             raise HookshotError("storage", "its records cannot be read") from None
 
     def _give_up(self, db: sqlite3.Connection, found: Deployment, reason: str, at_ms: int) -> Deployment:
-        if found.state is State.QUEUED:
+        if found.state is State.QUEUED or found.cancel_reason:
+            # A wish to cancel stands in the row: then no other move is possible.
+            reason = found.cancel_reason or reason
             return self._move(db, found, Outcome.CANCELLED, reason, at_ms, error=reason)
         return self._move(db, found, Outcome.FAILED_FOR_GOOD, reason, at_ms, error=reason, failure_stage=found.failure_stage or found.phase or "validating")
 

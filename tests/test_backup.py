@@ -609,6 +609,15 @@ def test_what_a_backup_caught_unfinished_does_not_run(tmp_path):
     assert origin.output.read_text().count('"deploy_accepted"') == 1
 
 
+def test_what_was_being_cancelled_when_the_backup_was_made_is_cancelled(tmp_path):
+    origin = fill(Host(tmp_path / "a", SERVICES, KEEP), unfinished=True)
+    with contextlib.closing(sqlite3.connect(origin.data / "state.db")) as db, db:
+        db.execute("UPDATE deployments SET cancel_reason='cancelled, asked by hmac_key' WHERE deploy_id='d-runs'")
+    assert hookshot.main([*files_of(origin), "export", str(tmp_path / "a.tar.gz")]) == 0
+    ended = take_in(origin, (tmp_path / "a.tar.gz").read_bytes(), is_forced=True).ended
+    assert {each.deploy_id: (each.state, each.error) for each in ended}["d-runs"] == ("Cancelled", "cancelled, asked by hmac_key")
+
+
 def test_the_write_ahead_log_stays_with_its_database(tmp_path, archive, origin):
     """After kill -9 the old state.db has a write-ahead log: beside the new database it would be its ruin."""
     with running(tmp_path / "host", SERVICES) as host:
