@@ -3244,17 +3244,27 @@ def default_places(config_path: str) -> dict[str, str]:
 class FolderLock:
     """The kernel's lock on a data directory: held while this process lives, gone with it, however it ends."""
 
+    # Whoever only looks (holder) has it for microseconds; that keeps nobody from starting.
+    _LOOK_S = 0.2
+
     def __init__(self, folder: str):
         self.path = os.path.join(folder, "hookshot.lock")
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + self._LOOK_S
+        while not (is_locked := self._try_lock()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not is_locked:
             holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
             os.close(self._descriptor)
-            raise HookshotError("in_use", f"another hookshot (pid {holder or 'unknown'}) uses {folder}; stop it, or use another data_dir") from None
+            raise HookshotError("in_use", f"another hookshot (pid {holder or 'unknown'}) uses {folder}; stop it, or use another data_dir")
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def _try_lock(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
 
     @staticmethod
     def holder(folder: str) -> str | None:

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -118,6 +119,24 @@ def test_a_locked_folder_is_refused_and_the_holder_named(tmp_path):
     assert f"pid {os.getpid()}" in caught.value.sentence and str(tmp_path) in caught.value.sentence
     lock.release()
     hookshot.FolderLock(str(tmp_path)).release()
+
+
+def test_who_only_looks_keeps_nobody_from_the_lock(tmp_path):
+    hookshot.FolderLock(str(tmp_path)).release()
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.is_set():
+            hookshot.FolderLock.holder(str(tmp_path))
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        for _ in range(500):
+            hookshot.FolderLock(str(tmp_path)).release()
+    finally:
+        is_over.set()
+        looker.join()
 
 
 def test_the_lock_file_is_private_and_stays(tmp_path):
