@@ -5561,15 +5561,20 @@ _SECRET_SOURCES: dict[str, Callable[[Secrets, SecretSurroundings, Place], dict[s
     "command": _run_secrets_command}
 
 
+def sources_of(config: Secrets) -> tuple[str, ...]:
+    """Return the names of the sources that secrets are taken from; the first one that has a secret is believed."""
+    if config.source != "auto":
+        return config.source or ()
+    names = config.sources_priority or ()
+    return (*names, "command") if config.command and "command" not in names else names
+
+
 def load_keyring(config: Config, services: Services, surroundings: SecretSurroundings, file: str, problems: list[Problem]) -> Keyring:
     """Return every secret that any source has; what is missing, weak or unreadable is added to `problems`."""
     place = Place(file, "secrets", problems)
-    names = config.secrets.sources_priority if config.secrets.source == "auto" else config.secrets.source
-    if config.secrets.source == "auto" and config.secrets.command and "command" not in names:
-        names = (*names, "command")
     values: dict[str, bytes] = {}
     origins: dict[str, str] = {}
-    for name in names or ():
+    for name in sources_of(config.secrets):
         try:
             found = _SECRET_SOURCES[name](config.secrets, surroundings, place)
         except OSError as error:  # a disk that fails while it is read
@@ -11888,10 +11893,16 @@ class Daemon:
         """Serve until SIGTERM or SIGINT; SIGHUP reads files and secrets again. Main thread only."""
         self.signals.catch(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self.start()
-        while (number := self.signals.get(None)) not in (signal.SIGTERM, signal.SIGINT):
-            if number == signal.SIGHUP:
-                self.reload()
+        while self._await_signal() == signal.SIGHUP:
+            self.reload()
         self.stop()
+
+    def _await_signal(self) -> int | None:
+        """Return the next signal. One SIGHUP stands for all that have come by now: who asks for the end does not wait for each."""
+        number = self.signals.get(None)
+        while number == signal.SIGHUP and (later := self.signals.get(0.0)):
+            number = later
+        return number
 
     def reload(self) -> bool:
         """Read files and secrets again and swap them whole; keep the old ones if anything is wrong with the new."""
@@ -11910,7 +11921,7 @@ class Daemon:
     def _reload(self) -> bool:
         self._write_record(number=self._record.number + 1, outcome="reading", at=render_time(now_ms()), changes=(), pending=(), problems=())
         try:
-            loaded = self._read_in_peace([*self._paths, self._current.config.secrets.secrets_file, *filter(None, self._current.config.server.tls)], self._load_again)
+            loaded = self._read_in_peace([*self._paths, *self._secrets_files(), *filter(None, self._current.config.server.tls)], self._load_again)
         except ConfigError as error:
             for problem in error.problems:
                 self.log.write("error", "reload_problem", str(problem))
@@ -12048,7 +12059,7 @@ class Daemon:
     def _reload_secrets(self) -> None:
         current = self._current
         try:
-            keyring = self._read_in_peace([current.config.secrets.secrets_file], self._load_secrets)
+            keyring = self._read_in_peace(self._secrets_files(), self._load_secrets)
         except ConfigError as error:
             # Once, not at every interval.
             for problem in error.problems if error.problems != self._told_problems else ():
@@ -12063,6 +12074,11 @@ class Daemon:
         elif "secrets" in self.app.stale:
             self.publish(Noted("secrets_reloaded", "secrets can be read again, and have not changed"))
         self._mark_fresh("secrets")
+
+    def _secrets_files(self) -> list[str]:
+        """Return the secrets file, if secrets are taken from it."""
+        secrets = self._current.config.secrets
+        return [secrets.secrets_file] if "file" in sources_of(secrets) else []
 
     def _load_secrets(self) -> Keyring:
         problems: list[Problem] = []

@@ -373,6 +373,33 @@ def test_a_signal_before_the_start_is_over_ends_nothing_and_is_heeded_later(tmp_
 # --- what a reload takes away
 
 
+def test_many_signals_while_files_are_read_are_one_reading_and_an_end_does_not_wait_for_it(tmp_path):
+    config = f'[secrets]\nsource = ["file", "command"]\ncommand = ["sh", "-c", "until [ -e {tmp_path}/go ]; do kill -0 $PPID || exit; sleep 0.02; done"]\n'
+    with contextlib.closing(Host(tmp_path / "host", service(), config)) as host:
+        (tmp_path / "go").touch()
+        host.start()
+        (tmp_path / "go").unlink()
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            host.process.send_signal(number)
+            # The kernel makes one of several that are not taken yet.
+            wait_until(lambda: record_of(host)["outcome"] == "reading" and not pending_signals(host))
+        (tmp_path / "go").touch()
+        assert host.process.wait(support.PATIENCE_S) == 0
+        assert len(events(host, "reloaded")) == 1
+
+
+def pending_signals(host: Host) -> bool:
+    """Return whether the kernel still keeps a signal for the server."""
+    status = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{host.process.pid}/status").read_text().splitlines())
+    return any(int(status[name], 16) for name in ("SigPnd", "ShdPnd"))
+
+
+def test_a_secrets_file_that_no_source_reads_is_not_looked_at(tmp_path):
+    with contextlib.closing(Host(tmp_path / "host", service(), f'[secrets]\nsource = "env"\nsecrets_file = "{tmp_path}"\n')) as host:
+        host.start(env={"HOOKSHOT_HMAC_KEY": KEY})
+        assert reload(host)["outcome"] == "taken"
+
+
 def test_what_waits_and_may_not_run_any_more_ends_as_cancelled_and_what_runs_goes_on(tmp_path):
     own = 'hmac_keys = ["team_key"]\n'
     before = service(HOLD, name="held") + "".join(service(NOTE, name=name) for name in ("gone", "off", "stays")) \
