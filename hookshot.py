@@ -3453,6 +3453,13 @@ def owner_of(path: str) -> Account | None:
     return None
 
 
+def is_of_another(path: str, pid: int) -> bool:
+    """Return whether a file belongs to another user than a process, as far as /proc tells."""
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_uid != os.stat(f"/proc/{pid}").st_uid
+    return False
+
+
 def become(account: Account) -> bool:
     """Turn this process from root's into another account's, for good; return whether it was root's and is not any more."""
     if os.geteuid() != 0 or account.uid == 0:
@@ -11610,7 +11617,7 @@ def ask_for_reload(data_dir: str, deadline_s: float) -> ReloadRecord:
         if FolderLock.holder(data_dir) != str(before.pid):
             raise HookshotError("unreachable", f"the server (pid {before.pid}) has ended and did not read its files again")
         if time.monotonic() > deadline_s:
-            raise HookshotError("in_use", f"the server (pid {before.pid}) has not read its files yet; its log will say what comes of it")
+            raise HookshotError("in_use", f"the server (pid {before.pid}) has not told what came of it: it still reads, or the disk of {data_dir} is full; see its log")
         await_change(_record_path(data_dir), read_mark(_record_path(data_dir)), min(deadline_s, time.monotonic() + 1.0))
     return latest
 
@@ -11623,7 +11630,8 @@ def _find_server(data_dir: str) -> ReloadRecord:
     if holder is None:
         raise HookshotError("unreachable", f"no server uses {data_dir}; if one runs with another storage.data_dir, name that with --data-dir")
     record = ReloadRecord.read(data_dir)
-    if not record or str(record.pid) != holder or record.started_ticks != _own_ticks(record.pid):
+    # What is in the directory is its owner's word, who may not choose whom root signals.
+    if not record or str(record.pid) != holder or record.started_ticks != _own_ticks(record.pid) or is_of_another(_record_path(data_dir), record.pid):
         raise HookshotError("in_use", f"pid {holder} uses {data_dir} and takes no reload now: it is a server that starts, an import, or in another "
                                       "container; try again, or there")
     return record

@@ -342,6 +342,25 @@ def test_who_holds_the_data_directory_without_being_its_server_gets_no_signal(tm
     assert received == []
 
 
+def test_the_owner_of_a_data_directory_does_not_choose_whom_root_signals(tmp_path):
+    if os.geteuid():
+        pytest.skip("missing: root")
+    host = Host(tmp_path, service())
+    host.data.mkdir()
+    received: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda number, frame: received.append(number))
+    lock = hookshot.FolderLock(str(host.data))
+    try:
+        me = hookshot.read_process(os.getpid())
+        hookshot.ReloadRecord(me.pid, me.started_ticks, str(host.config), str(host.services)).write(str(host.data))
+        os.chown(host.data / "reload.json", 65534, 65534)
+        done = host.cli("reload")
+    finally:
+        lock.release()
+        signal.signal(signal.SIGHUP, before)
+    assert (done.returncode, received) == (75, []) and "takes no reload" in done.stderr
+
+
 def test_a_server_that_drains_does_not_reload_and_the_command_says_so(tmp_path):
     with running(tmp_path, service(HOLD)) as host:
         deploy_id = host.deploy()
