@@ -3704,7 +3704,7 @@ LOG_EVENTS: dict[str, str] = {
     "request_refused": "a request was answered with an error",
     "requests_refused": "how many more of one kind were refused in a minute",
     "audit_head": "number and hash of the newest row of the audit, at start and once a day",
-    "audit_failed": "rows of the audit cannot be written yet; they are kept in memory",
+    "audit_failed": "rows of the audit cannot be written yet and are kept in memory, or are lost because the server ends",
     "proxy_not_believed": "a neighbour sends forwarding headers, and is no trusted proxy",
     "connections_exhausted": "no connection can be accepted",
     "answer_broken": "an answer broke off while it was sent",
@@ -7979,6 +7979,8 @@ _MAX_AUDIT_SOURCES = 1000
 # Sources that the row of a minute's count names.
 _NAMED_SOURCES = 8
 _MAX_DETAIL_CHARS = 500
+# Rows that wait for a database that cannot be written. Beyond them requests are only counted, until there is room again.
+_MAX_WAITING_ROWS = 2000
 _JOURNAL_TURN_S = 1.0
 _TRACE_KEPT_MS = 7 * 86_400_000
 
@@ -8007,7 +8009,7 @@ class Journal:
         """Return whether this request may have a row of its own; if not, it is counted."""
         source = (code, bucket_of(address), is_known)
         with self._lock:
-            if self._left[is_known] and self._given[source] < _AUDIT_ALLOWANCES[is_known].each:
+            if self._left[is_known] and len(self._rows) < _MAX_WAITING_ROWS and self._given[source] < _AUDIT_ALLOWANCES[is_known].each:
                 self._left[is_known] -= 1
                 self._given[source] += 1
                 return True
@@ -8049,7 +8051,9 @@ class Journal:
                 self.turn(time.monotonic(), is_last=is_last)
                 self._is_failing = False
             except HookshotError as error:
-                if not self._is_failing:
+                if is_last and self._rows:
+                    self._publish(Trouble("audit_failed", f"{len(self._rows)} rows of the audit are lost with the end of this server: {error.sentence}"))
+                elif not self._is_failing:
                     self._publish(Trouble("audit_failed", f"rows of the audit cannot be written yet: {error.sentence}"))
                 self._is_failing = True
             except Exception as error:
@@ -8085,7 +8089,7 @@ class Journal:
         """Add the row of what was counted when a minute is over, and let a few rows more pass."""
         if self._minute_began is None:
             self._minute_began = now_s
-        if now_s - self._minute_began < _MINUTE_S and not is_last:
+        if (now_s - self._minute_began < _MINUTE_S or len(self._rows) >= _MAX_WAITING_ROWS) and not is_last:
             return
         self._minute_began = now_s
         with self._lock:

@@ -290,6 +290,26 @@ def test_rows_wait_for_a_database_that_cannot_be_written(tmp_path):
         assert [row.request_id for row in rows_of(tmp_path)] == ["req-1"] and store.key_uses()["hmac_key", "web"].at_ms == 5
 
 
+def test_a_disk_that_stays_full_takes_no_more_memory_and_what_is_lost_is_told(tmp_path):
+    with opened(tmp_path) as store:
+        told: list[Any] = []
+        kept, sent = journal(store, told), 0
+        store._relaxed_writer.execute("PRAGMA query_only=ON")
+        for minute in range(1000):
+            for number in range(8):
+                refuse(kept, number, "192.0.2.1", is_known=True)
+                sent += 1
+            with pytest.raises(hookshot.HookshotError):
+                kept.turn(60.0 * minute)
+        assert len(kept._rows) <= 2001
+        kept.stop()
+        kept.run()
+        assert "rows of the audit are lost" in told[-1].message
+        store._relaxed_writer.execute("PRAGMA query_only=OFF")
+        kept.turn(1e9)
+        assert sum(row.requests for row in rows_of(tmp_path)) == sent
+
+
 def test_a_row_that_cannot_be_written_keeps_no_other_from_it(tmp_path):
     with opened(tmp_path) as store:
         kept = journal(store)
