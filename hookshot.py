@@ -10396,7 +10396,7 @@ class HttpServer:
                     key.data()
                 while self._returned:
                     self._returned.popleft().come_back()
-                if self.is_leaving and not self._has_left:
+                if self.is_leaving:
                     self._leave()
                 if self._has_news:
                     self._has_news = False
@@ -10433,7 +10433,8 @@ class HttpServer:
             for listener in self.listeners:
                 self._selector.unregister(listener)
         self._accepts_again_at, self._has_left = float("inf"), True
-        # Whoever rests there comes by a new connection the next time, and that one waits in the kernel.
+        # Whoever rests there comes by a new connection the next time, and that one waits in the kernel. Also who rests only
+        # now, after an answer that had begun before.
         for connection in tuple(self._connections):
             connection.leave()
 

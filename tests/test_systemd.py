@@ -316,6 +316,28 @@ def test_over_a_restart_nobody_is_refused_and_who_was_let_in_is_answered(tmp_pat
             assert host.wait(deploy_id)["status"] == "Succeeded"
 
 
+def test_who_rests_after_an_answer_that_began_before_the_end_comes_again_to_the_next_server(tmp_path):
+    """Else its next request would meet a server that takes no deployments any more."""
+    loud = service('["sh", "-c", "yes | head -c 8000000"]', name="loud")
+    host = Host(tmp_path, service(HOLD) + loud)
+    with held(0) as links, contextlib.closing(host), contextlib.ExitStack() as stack:
+        host.start(**launch(links, "hookshot.socket"))
+        host.wait(host.deploy(), "Deploying")
+        told = host.deploy(service="loud")
+        host.wait(told)
+        resting, reading = (stack.enter_context(contextlib.closing(http.client.HTTPConnection("127.0.0.1", host.port, timeout=PATIENCE_S))) for _ in range(2))
+        resting.request("GET", "/ready")
+        assert resting.getresponse().read()
+        reading.request("GET", f"/logs/{told}")
+        answer, link = reading.getresponse(), reading.sock
+        host.process.send_signal(signal.SIGTERM)
+        assert resting.sock.recv(1) == b""
+        assert len(answer.read()) > 8_000_000 and not answer.will_close
+        assert link.recv(1) == b"" and host.process.poll() is None
+        (tmp_path / "go").touch()
+        assert host.process.wait(PATIENCE_S) == 0
+
+
 def test_a_client_that_posts_all_the_time_notices_no_restart(tmp_path):
     host, answers, over = Host(tmp_path, service()), [], threading.Event()
 
