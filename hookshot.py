@@ -12090,8 +12090,8 @@ class Daemon:
 
     def _secrets_files(self) -> list[str]:
         """Return the secrets file, if secrets are taken from it."""
-        secrets = self._current.config.secrets
-        return [secrets.secrets_file] if "file" in sources_of(secrets) else []
+        config = self._current.config.secrets
+        return [config.secrets_file] if "file" in sources_of(config) else []
 
     def _load_secrets(self) -> Keyring:
         problems: list[Problem] = []
