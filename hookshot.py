@@ -13959,7 +13959,7 @@ def _hardening_lines(settings: Settings, paths: Iterable[str], needs: Sequence[_
     if not is_user:
         granted += [*_ROOT_CAPABILITIES, *["CAP_SYS_NICE"] * any(service.nice < 0 for service in services.by_name.values())] if is_root else []
         lines.append(f"CapabilityBoundingSet={' '.join(sorted(granted))}")
-    hardening = (UNIT_USER_HARDENING if is_user else UNIT_HARDENING).splitlines()
+    hardening = (UNIT_SYSTEM_HARDENING * (not is_user) + UNIT_HARDENING).splitlines()
     for folders, directive, instead in () if is_user else _HIDDEN_FOLDERS:
         if any(f"{path}/".startswith(folders) for path in paths):
             hardening[hardening.index(directive)] = instead or ""
@@ -14310,8 +14310,8 @@ UMask=0077
 WantedBy=@TARGET@
 """
 
-UNIT_HARDENING = """\
-NoNewPrivileges=yes
+# What takes namespaces or root to set up, so that a user's own manager cannot have it.
+UNIT_SYSTEM_HARDENING = """\
 ProtectSystem=strict
 ProtectHome=yes
 PrivateTmp=yes
@@ -14325,20 +14325,9 @@ ProtectControlGroups=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
 ProtectKernelTunables=yes
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-SystemCallArchitectures=native
-SystemCallErrorNumber=EPERM
-SystemCallFilter=@system-service
-SystemCallFilter=~@resources
 """
 
-# What a user's own manager can do without namespaces.
-UNIT_USER_HARDENING = """\
+UNIT_HARDENING = """\
 NoNewPrivileges=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
 RestrictNamespaces=yes
