@@ -7532,7 +7532,8 @@ class Engine:
     def withdraw(self) -> None:
         """Cancel what waits in the queue and may not run any more, as what is in force says."""
         current = self.current()
-        for deployment in self.store.withdraw(lambda queued: why_withdrawn(queued, current), now_ms()):
+        # By what is in force at the moment of the transaction: what it has let in since must not end by what was before.
+        for deployment in self.store.withdraw(lambda queued: why_withdrawn(queued, self.current()), now_ms()):
             self.publish(Moved(deployment, State.QUEUED, deployment.error or "withdrawn"))
         self._queue_fits = current
 
@@ -10797,7 +10798,8 @@ def write_archive(source: BackupSource, out: Any, at_ms: int) -> BackupCounts:
             _need_room(source.data_dir, size, "the copy of the database")
             notes = stack.enter_context(open(os.path.join(workshop, "notes"), "w+b"))
         except OSError as error:
-            raise HookshotError("cannot_write", f"{source.data_dir} cannot be written: {error.strerror}; run this as root or as the server's user") from None
+            advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "run this as root or as the server's user"
+            raise HookshotError("cannot_write", f"{source.data_dir} cannot be written: {error.strerror}; {advice}") from None
         copy_database(path, copy)
         schema_version, problem = check_database(copy)
         if problem:
@@ -12763,7 +12765,7 @@ def _examine_secrets(host: Host) -> Iterator[Remark]:
 
 def _examine_user(host: Host) -> Iterator[Remark]:
     if not host.account:
-        yield "ok", f"{own_user()}; there is no data directory yet that would say whom the server runs as", ""
+        yield "ok", f"{own_user()}; whom the server runs as is not known: there is no data directory yet, or its owner has no name", ""
     elif host.account.name != own_user():
         yield "warn", f"this is {own_user()}, the server's user is {host.account.name}: modes, secrets and limits are told as {own_user()} meets them", \
             f"run this as root or as {host.account.name}"

@@ -18,6 +18,7 @@ import pytest
 import hookshot
 import support
 from support import KEY, Host, running, service, wait_until
+from test_store import request_of
 
 NEXT_KEY = "7b1f0c9d3e5a48629c47d1e08f35ab62" * 2
 TEAM_KEY = "e94d2c7f10b8653aa6d3f90b1c5e7428" * 2
@@ -452,6 +453,21 @@ def test_what_waits_and_may_not_run_any_more_ends_as_cancelled_and_what_runs_goe
         (tmp_path / "go").touch()
         assert [host.wait(deploy_id)["status"] for deploy_id in (held, *ids["stays"])] == ["Succeeded"] * 3
         assert (tmp_path / "trace").read_text() == "held app:1\nstays app:1\nteam app:1\n"
+
+
+def test_what_newer_files_have_let_in_does_not_end_by_older_ones(tmp_path):
+    """A reload may come while the transaction that looks through the queue waits for its turn."""
+    problems: list[hookshot.Problem] = []
+    config = hookshot.load_config("", "config.toml", problems)
+    older, newer = (hookshot.Current(config, hookshot.load_services(text.replace('"@"', '"/"'), "services.toml", config, problems), hookshot.Keyring({}, hookshot.Masker([])))
+                    for text in ("", service()))
+    store, in_force, told = hookshot.Store(str(tmp_path)), [older], []
+    trigger = hookshot.Trigger("127.0.0.1", "hmac_key", None, "r-1")
+    made = store.submit(request_of(), trigger, 1, limits=config.limits, on_busy="queue").deployment
+    engine = hookshot.Engine(store, lambda: in_force.pop() if in_force else newer, told.append, {})
+    engine.withdraw()
+    assert told == [] and store.get(made.deploy_id).state == "Queued"
+    store.close()
 
 
 def test_what_waited_and_what_starts_over_end_so_at_a_start_too(tmp_path):
