@@ -1016,6 +1016,12 @@ def test_an_export_needs_room_for_its_copy_and_leaves_the_servers_reserve(tmp_pa
         done = host.cli("export", str(tmp_path / "a.tar.gz"))
         assert done.returncode == 73 and "has room for" in done.stderr and not (tmp_path / "a.tar.gz").exists()
         assert state_of(host.folder) == before
+        with contextlib.suppress(OSError), open(disk / "filler", "ab", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        done = host.cli("export", str(tmp_path / "a.tar.gz"))
+        assert done.returncode == 73 and "free some space" in done.stderr and "as root" not in done.stderr
+        assert state_of(host.folder) == before
 
 
 @pytest.mark.parametrize("room_kb", [0, 40, 200, 400, 800])
