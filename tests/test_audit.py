@@ -629,7 +629,7 @@ def test_a_backup_takes_the_chain_along_and_an_import_adds_its_row(host, tmp_pat
 
 def test_a_killed_server_leaves_a_chain_that_fits_and_a_row_of_all_it_accepted(tmp_path):
     """Many clients deploy, lock, and are refused, until kill -9."""
-    with running(tmp_path, service(), "[limits]\nmax_queue_per_service = 10000\n") as host:
+    with running(tmp_path, service(), "[limits]\nmax_queue_per_service = 10000\n[storage.retention]\nfailed_deploys = 10000\nsuccessful_deploys = 10000\n") as host:
         accepted: list[str] = []
         enough = threading.Event()
 
