@@ -3380,7 +3380,7 @@ def _is_dumpable(pid: int | None) -> bool | None:
 
 
 def _find_number(path: str, pattern: str) -> str | None:
-    with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
         match = re.search(pattern, file.read())
         return match[1] if match else None
     return None
@@ -3424,7 +3424,7 @@ def find_listener(port: int) -> str | None:
     """Return the name and pid of who listens on a TCP port, as far as /proc shows it to this user."""
     sockets = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
+        with contextlib.suppress(OSError), open(table, encoding="utf-8") as file:
             rows = [line.split() for line in file]
             sockets |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
     for process in list_processes() if sockets else ():
@@ -3461,7 +3461,10 @@ def is_of_another(path: str, pid: int) -> bool:
 
 
 def become(account: Account) -> bool:
-    """Turn this process from root's into another account's, for good; return whether it was root's and is not any more."""
+    """Turn this process from root's into another account's, for good; return whether it was root's and is not any more.
+
+    Where Python itself is closed to that account, no module can be imported from here on, not even a codec.
+    """
     if os.geteuid() != 0 or account.uid == 0:
         return False
     os.setgroups(account.groups)
@@ -3517,7 +3520,7 @@ def find_account(user: str | None, group: str | None) -> Account | None:
 
 @functools.cache
 def _boot_id() -> str:
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
         return file.read(8)
     return ""
 

@@ -339,10 +339,12 @@ def test_root_looks_as_the_servers_user_does(tmp_path):
     for path in (host.folder, *host.folder.iterdir()):
         os.chown(path, account.uid, account.gid)
     open_to_others(tmp_path)
-    done = subprocess.run([python, str(PROGRAM), "-c", str(host.config), "doctor", "--json"], capture_output=True, text=True)
-    found = {finding["check"]: finding for finding in json.loads(done.stdout)}
-    assert done.returncode == 0, done.stdout
-    assert found["user"]["message"] == "nobody, as the server" and found["secrets"]["status"] == found["host"]["status"] == "ok"
+    # The Python of root alone may be closed to the user that doctor becomes.
+    for words in ((python, str(PROGRAM)), program()):
+        done = subprocess.run([*words, "-c", str(host.config), "doctor", "--json"], capture_output=True, text=True)
+        found = {finding["check"]: finding for finding in json.loads(done.stdout)}
+        assert done.returncode == 0, done.stdout
+        assert found["user"]["message"] == "nobody, as the server" and found["secrets"]["status"] == found["host"]["status"] == "ok"
     os.chown(host.config, 0, 0)
     host.config.chmod(0o600)
     done = subprocess.run([python, str(PROGRAM), "-c", str(host.config), "doctor"], capture_output=True, text=True)
