@@ -13110,8 +13110,12 @@ def validate(args: argparse.Namespace) -> int:
     # Only what could be read can be looked at further; the host is asked about every service that is right in itself.
     if not has_errors(problems):
         check_host(settings, config_path, services_path, os.environ, problems)
-        keyring = load_keyring(*settings, surroundings, config_path, problems)
-        check_channels(settings.config.notifications, keyring.values, Place(config_path, "notifications", problems))
+        if surroundings.credentials and not os.path.isdir(surroundings.credentials):
+            # As systemd 252 has it for ExecReload=. The server itself looks at them before it takes anything.
+            Place(config_path, "secrets", problems).warning(f"are not looked at: systemd keeps {surroundings.credentials} for the server alone")
+        else:
+            keyring = load_keyring(*settings, surroundings, config_path, problems)
+            check_channels(settings.config.notifications, keyring.values, Place(config_path, "notifications", problems))
         load_tls(settings.config.server.tls, Place(config_path, "server.tls", problems))
     if args.json:
         _print_json({"valid": not has_errors(problems), "problems": [problem._asdict() for problem in problems]})

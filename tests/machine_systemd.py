@@ -223,6 +223,8 @@ def ask_the_manager() -> None:
     run("systemctl", "start", "hookshot.service")
     deploy_id = deploy("app:4", "unit", "/deploy?wait=30")
     seen["systemctl"] = [*properties("User"), state(deploy_id), os.path.exists("/run/other-was-started")]
+    run("systemctl", "reload", "hookshot.service")
+    seen["credentials"] = until("reloaded", lambda: "secrets: are not looked at" in journal()) and ask("GET", "/ready")[1]
 
 
 def run_for_a_user() -> None:

@@ -531,6 +531,16 @@ def test_show_prints_units_for_this_host(tmp_path):
     assert "ListenStream=127.0.0.1:8080" in sockets.stdout
 
 
+def test_a_reloads_check_does_without_credentials_that_systemd_keeps_for_the_server(tmp_path):
+    host = Host(tmp_path, service(), '[secrets]\nsource = "systemd"\n')
+    environment = {"CREDENTIALS_DIRECTORY": str(tmp_path / "nowhere")}
+    done = host.cli("validate", env=environment)
+    assert done.returncode == 0 and "are not looked at" in done.stderr, done.stderr
+    host.services.write_text("half of it [")
+    assert host.cli("validate", env=environment).returncode == 78
+    assert host.cli("run", env=environment).returncode == 78
+
+
 # --- the real thing
 
 
@@ -549,4 +559,4 @@ def test_an_operators_way_with_systemd(tmp_path):
         "verify": [0, ""], "before ready": ["activating", "start"], "ready": [200, "idle, 1 service", "hookshot"], "deployed": ["Succeeded", True],
         "status": "deploying web, step 2 of 2", "reloaded": ["Deploying", "0"], "not reloaded": [1, "active"], "stopped": ["inactive", "success", True], "left": [],
         "recovered": "RolledBack", "in peace": True, "watchdog": [True, 200, True], "under a socket": [202], "lost": [], "listens": True,
-        "systemctl": ["root", "Succeeded", True], "user": ["active", True]}
+        "systemctl": ["root", "Succeeded", True], "credentials": {"ready": True, "message": "ready"}, "user": ["active", True]}
