@@ -6077,7 +6077,11 @@ def run_check(check: HttpCheck | SocketCheck, step: int, stop: StopToken) -> Res
     # A thread of its own: neither a stop nor a deadline reaches into a resolver that waits for its DNS server.
     notes: list[str] = []
     read, write = os.pipe()
-    threading.Thread(target=_note_probe, args=(check, notes, write), name="probe", daemon=True).start()
+    try:
+        threading.Thread(target=_note_probe, args=(check, notes, write), name="probe", daemon=True).start()
+    except RuntimeError:  # the limit of the host, as a command meets it that cannot be started
+        notes.append("failed: the host has no more threads")
+        os.close(write)
     poll = select.poll()
     poll.register(read)
     poll.register(stop, select.POLLIN)

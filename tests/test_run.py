@@ -743,6 +743,15 @@ def test_a_stop_ends_a_probe_that_waits_for_an_answer():
     assert (result.status, result.note, result.duration_ms < 600_000) == ("stopped", "was stopped", True)
 
 
+def test_a_probe_that_can_have_no_thread_is_a_failure_that_says_so():
+    before = threading.stack_size(1 << 46)  # more than there are addresses
+    try:
+        result = run_check(hookshot.SocketCheck("127.0.0.1", closed_port(), 20.0), 1)
+    finally:
+        threading.stack_size(before)
+    assert (result.status, result.note) == ("failed", "failed: the host has no more threads")
+
+
 def test_silence_is_a_failure_when_the_time_is_up():
     with server() as (port, _):
         result = probe(f"http://127.0.0.1:{port}/", timeout_s=0.3)
