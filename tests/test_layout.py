@@ -187,7 +187,7 @@ PURE = {
 CONFINED = {
     "argparse": "CLI",
     "ctypes": "WORLD",
-    "errno": "LOG NOTIFY SERVER DAEMON DOCTOR CLI",
+    "errno": "LOG NOTIFY SERVER BACKUP DAEMON DOCTOR CLI",
     "fcntl": "WORLD",
     "gc": "DAEMON",
     "gzip": "BACKUP",
