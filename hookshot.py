@@ -4854,9 +4854,10 @@ class Store:
         last = min(max(young[0] - 1 if young else newest, newest - keep), first[0] + _AUDIT_BATCH - 1, newest - 1)
 
         def work(db: sqlite3.Connection) -> int:
-            digest = db.execute("SELECT hash FROM audit WHERE n=?", (last,)).fetchone()[0]
-            removed = db.execute("DELETE FROM audit WHERE n <= ?", (last,)).rowcount
-            self._add_audit(db, AuditRow(at_ms, "prune", "done", detail=f"rows up to {last}, whose hash is {digest}, are not kept any longer"))
+            # Somebody may have removed the row of this very number.
+            number, digest = db.execute("SELECT n, hash FROM audit WHERE n <= ? ORDER BY n DESC LIMIT 1", (last,)).fetchone()
+            removed = db.execute("DELETE FROM audit WHERE n <= ?", (number,)).rowcount
+            self._add_audit(db, AuditRow(at_ms, "prune", "done", detail=f"rows up to {number}, whose hash is {digest}, are not kept any longer"))
             return removed
 
         return self._write(work, durable=False) if last >= first[0] else 0
@@ -5297,12 +5298,16 @@ def deployment_numbers(path: str) -> Iterator[int]:
             yield number
 
 
+def _open_beside(path: str) -> sqlite3.Connection:
+    """Open a database for reading that a server may be using."""
+    # Without a write-ahead log nobody is at work: then SQLite need not make one, and leave it behind, in order to read.
+    return _open_existing(path, "mode=ro" if os.path.exists(path + "-wal") else "immutable=1")
+
+
 def count_unfinished(path: str) -> int | None:
     """Return how many deployments of a database have not ended, None if it cannot be read. Changes nothing on disk."""
-    # Without a write-ahead log nobody is at work: then SQLite need not make one, and leave it behind, in order to read.
-    mode = "mode=ro" if os.path.exists(path + "-wal") else "immutable=1"
     try:
-        with contextlib.closing(_open_existing(path, mode)) as db:
+        with contextlib.closing(_open_beside(path)) as db:
             return db.execute("SELECT count(*) FROM deployments WHERE completed_ms IS NULL").fetchone()[0]
     except (sqlite3.Error, UnicodeDecodeError):  # the latter from a message that quotes a damaged schema
         return None
@@ -5326,10 +5331,9 @@ _FACTS = ("PRAGMA user_version", "PRAGMA page_count", "PRAGMA freelist_count", "
 def examine_database(path: str, is_late: Callable[[], bool]) -> DatabaseReport:
     """Look through a database that a server may be using, until `is_late`; raise `storage` if it cannot be read."""
     wal = path + "-wal"
-    mode = "mode=ro" if os.path.exists(wal) else "immutable=1"
     problem, is_complete, latest_ms = None, True, 0
     try:
-        with contextlib.closing(_open_existing(path, mode)) as db:
+        with contextlib.closing(_open_beside(path)) as db:
             version, pages, unused, page_bytes = (db.execute(fact).fetchone()[0] for fact in _FACTS)
             if 0 < version <= len(MIGRATIONS):
                 latest_ms = db.execute("SELECT coalesce(max(max(queued_ms, coalesce(completed_ms, 0))), 0) FROM deployments").fetchone()[0]
@@ -5359,10 +5363,8 @@ def describe_sqlite() -> tuple[str, bool]:
 def _open_audit(path: str) -> Iterator[sqlite3.Connection]:
     if not os.path.exists(path):
         raise HookshotError("usage", f"there is no database {path}; name the data directory with --data-dir")
-    # As in count_unfinished(): without a write-ahead log nobody is at work.
-    mode = "mode=ro" if os.path.exists(path + "-wal") else "immutable=1"
     try:
-        with contextlib.closing(_open_existing(path, mode)) as db:
+        with contextlib.closing(_open_beside(path)) as db:
             db.text_factory = lambda text: text.decode("utf-8", "replace")
             if not db.execute("SELECT 1 FROM sqlite_master WHERE name='audit'").fetchone():
                 raise HookshotError("usage", f"{path} is of an older hookshot and has no audit yet; start this one on it")
@@ -8072,16 +8074,17 @@ class Journal:
         self._end_minute(now_s, is_last=is_last)
         with self._lock:
             rows, uses = list(self._rows), dict(self._uses)
+        is_waiting = False
         try:
             if rows or uses:
                 self._store.record_audit(rows, uses.values())
         except HookshotError:
-            raise  # they wait for better times
-        except ValueError:
-            # A bug: with a row that cannot be written, none would ever be again.
-            self._forget(rows, uses)
+            is_waiting = True  # for better times
             raise
-        self._forget(rows, uses)
+        finally:
+            # Also after a bug: with a row that cannot be written, none would ever be again.
+            if not is_waiting:
+                self._forget(rows, uses)
         if now_s - self._head_told >= _DAY_S:
             self._head_told = now_s
             number, digest = self._store.audit_head()
@@ -11948,8 +11951,8 @@ class Daemon:
             for problem in error.problems:
                 self.log.write("error", "reload_problem", str(problem))
             self._mark_stale("configuration")
-            self._write_record(outcome="refused", problems=error.problems)
             self.publish(Reloaded(False, "the new configuration is not taken; the old one stays in force", now_ms()))
+            self._write_record(outcome="refused", problems=error.problems)
             return False
         in_force = self._keep_what_needs_a_restart(loaded)
         pending = describe_changes(*(flatten_settings(each.config, Services({})) for each in (in_force, loaded)))
@@ -11965,9 +11968,10 @@ class Daemon:
         self._tell_warnings()
         for line in changes:
             self.publish(Noted("config_changed", line))
-        self._write_record(outcome="taken", changes=changes, pending=pending, problems=self.warnings)
         self.publish(Reloaded(True, f"configuration, secrets and certificates are read again, {self._count_services()}; "
                                     f"{'what has changed is in force' if changes else 'nothing has changed'}", now_ms()))
+        # Last: who has waited for it finds the log and the metrics as it says.
+        self._write_record(outcome="taken", changes=changes, pending=pending, problems=self.warnings)
         return True
 
     def _keep_what_needs_a_restart(self, loaded: Current) -> Current:
@@ -12273,14 +12277,12 @@ class Client:
         with self._open("GET", path, b"", {}) as response:
             return self._document(response).document
 
-    def ready(self) -> tuple[bool, str]:
-        """Return whether the server takes deploys, and what it says of that."""
-        with self._open("GET", "/ready", b"", {}) as response:
-            try:
-                document = json.loads(response.read(_MAX_ANSWER_BYTES))
-                return document["ready"] is True, escape_controls(str(document["message"]))
-            except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
-                raise HookshotError("unreachable", f"{self.url} answers, but not as a Hookshot server does") from None
+    def ready(self) -> Any:
+        """Return what the server says of whether it takes deploys, also while it does not."""
+        document = self.get("/ready")
+        if not isinstance(document.get("message"), str):
+            raise HookshotError("unreachable", f"{self.url} answers, but not as a Hookshot server does")
+        return document
 
     def post(self, body: bytes, *, path: str = "/deploy", message_id: str | None = None, wait_s: int | None = None) -> Reply:
         """Send a signed request, a deploy if no path is given. Outcomes of a deployment are replies; refusals are raised.
@@ -12910,11 +12912,12 @@ def _tell_who_listens(host: Host, address: ListenAddress) -> Remark:
 
 def _examine_answer(pid: int, client: Client) -> Iterator[Remark]:
     try:
-        is_ready, message = client.ready()
+        found = client.ready()
     except HookshotError as error:
         yield "fail", f"a server runs (pid {pid}), but {error.sentence}", "was it started with --bind or --port, or before server.listen was changed?"
         return
-    yield ("ok" if is_ready else "warn"), f"{client.url} answers: {message} (pid {pid})", "" if is_ready else "wait, and look again"
+    is_ready = found.get("ready") is True
+    yield ("ok" if is_ready else "warn"), f"{client.url} answers: {found['message']} (pid {pid})", "" if is_ready else "wait, and look again"
 
 
 def _examine_commands(host: Host) -> Iterator[Remark]:
@@ -13422,7 +13425,7 @@ def status(args: argparse.Namespace) -> int:
 
 def _show_server(args: argparse.Namespace) -> int:
     client = _client(args)
-    found = client.get("/ready")
+    found = client.ready()
     if args.json:
         _print_json(found)
         return EXIT_OK

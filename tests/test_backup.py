@@ -507,6 +507,8 @@ def test_a_dry_run_needs_nothing_stopped_and_an_import_does(archive, tmp_path):
     with running(tmp_path / "host", service(HOLD)) as host:
         deploy_id = host.deploy()
         host.wait(deploy_id, "Deploying")
+        # The server's own first rows of the audit are written: from here on it writes nothing.
+        wait_until(lambda: '"audit_head"' in host.output.read_text())
         before = state_of(host.folder)
         dry = host.cli("import", "-n", str(tmp_path / "a.tar.gz"))
         assert dry.returncode == 0 and f"pid {host.process.pid}" in dry.stderr, dry.stderr

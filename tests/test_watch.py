@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MPL-2.0
 """`hookshot watch`: a line for each move, or a screen; it outlives the server, and gives the terminal back."""
 
+import codecs
 import contextlib
 import fcntl
 import http.server
@@ -148,6 +149,8 @@ class Terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
         self.before = termios.tcgetattr(theirs)
         self.screen, self.raw = Screen(width, height), ""
+        # What is read may end in the middle of a letter.
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.process = subprocess.Popen([*program(), "watch", *flags], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL,
                                         env=environment(url, **env), start_new_session=True)
         self._theirs = theirs
@@ -156,7 +159,7 @@ class Terminal:
         """Take what has been written, up to the end of a screen if it is one; False if nothing has."""
         is_there = False
         while select.select([self._ours], [], [], 0.05)[0]:
-            text, is_there = os.read(self._ours, 1 << 16).decode(), True
+            text, is_there = self._decoder.decode(os.read(self._ours, 1 << 16)), True
             self.raw += text
             self.screen.feed(text)
             if self.raw.endswith("\x1b[J"):
