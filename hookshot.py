@@ -12260,8 +12260,9 @@ class _UnixConnection(http.client.HTTPConnection):
 class Client:
     """One server as its URL names it, with the key and the token there are. One thread."""
 
-    def __init__(self, url: str, key: bytes | None, token: str | None, trust: Trust = Trust()):
-        self.url, self.key, self._token, self._trust = url, key, token, trust
+    def __init__(self, url: str, key: bytes | None, token: str | None, trust: Trust = Trust(), problems: Sequence[Problem] = ()):
+        # The problems: why there is no key, if so.
+        self.url, self._key, self._token, self._trust, self._problems = url, key, token, trust, problems
         self._socket_path = url.removeprefix("unix:") if url.startswith("unix:/") else ""
         self._parts = urllib.parse.urlsplit("http://localhost" if self._socket_path else url if "//" in url else f"http://{url}")
         try:
@@ -12271,6 +12272,14 @@ class Client:
             is_right = False
         if not is_right:
             raise HookshotError("usage", f"{clip(escape_controls(url), 200)} is not a server's URL; write http://host:port, https://host or unix:/path")
+
+    def signing_key(self) -> bytes:
+        """Return the key; raise `authentication` if there is none."""
+        if self._key is None:
+            why = f" ({self._problems[0].file}: {self._problems[0].message.partition(';')[0]})" if self._problems else ""
+            raise HookshotError("authentication", f"there is no key to sign with{why}; set HOOKSHOT_HMAC_KEY, name a file with --key-file, "
+                                                  "or run this on the server's host as its user")
+        return self._key
 
     def get(self, path: str) -> Any:
         """Return the document of a read; raise the server's error as ours."""
@@ -12289,14 +12298,12 @@ class Client:
 
         A message id of the caller's makes sending again the same message: nothing is done twice.
         """
-        if self.key is None:
-            raise HookshotError("authentication", "there is no key to sign with; set HOOKSHOT_HMAC_KEY, name a file with --key-file, "
-                                                  "or run where the server's configuration can be read")
+        key = self.signing_key()
         # A fresh time for each sending. Without an id: the server tells a repeated deployment by the deploy_id in the body.
-        headers = {"Content-Type": "application/json", **sign_webhook(self.key, body, message_id or new_message_id(), now_ms() // 1000)}
+        headers = {"Content-Type": "application/json", **sign_webhook(key, body, message_id or new_message_id(), now_ms() // 1000)}
         path += "" if wait_s is None else f"?wait={wait_s}"
         with self._open("POST", path, body, headers) as response:
-            return self._document(response)
+            return self._document(response, names_request=True)
 
     def follow(self, deploy_id: str, last_event_id: str, timeout_s: float) -> Iterator[tuple[str, str, str]]:
         """Yield (event, id, data) of a deployment's log until its "end" event; event "" when nothing but time goes by."""
@@ -12389,7 +12396,7 @@ class Client:
             return HookshotError("unreachable", f"{self.url} may not be used by this user: {why}; server.socket_mode and the folder say who may")
         return HookshotError("unreachable", f"{self.url} cannot be reached: {why}; is the server running, and is the URL right?")
 
-    def _document(self, response: http.client.HTTPResponse) -> Reply:
+    def _document(self, response: http.client.HTTPResponse, *, names_request: bool = False) -> Reply:
         try:
             document = json.loads(response.read(_MAX_ANSWER_BYTES) or b"null")
         except (OSError, http.client.HTTPException) as error:
@@ -12403,7 +12410,8 @@ class Client:
             raise HookshotError("unreachable", f"{self.url} answered {response.status} {what}; is this a Hookshot server?")
         if "code" in document and "error" in document and response.status >= 400:
             name, pause = KIND_OF_CODE.get(str(document["code"]), "internal"), response.getheader("Retry-After", "")
-            raise HookshotError(name, f"{self.url} refused: {escape_controls(str(document['error']))}",
+            request = f" (request {document['request_id']})" if names_request and "request_id" in document else ""
+            raise HookshotError(name, f"{self.url} refused: {escape_controls(str(document['error']) + request)}",
                                 retry_after_s=int(pause) if re.fullmatch(r"\d{1,5}", pause, re.ASCII) else None)
         return Reply(response.status, document)
 
@@ -13242,21 +13250,24 @@ def init(args: argparse.Namespace) -> int:
 # --- client commands
 
 
-def _client_settings(args: argparse.Namespace) -> tuple[Settings | None, Keyring | None]:
-    """Return what the server's own configuration says, as far as it can be read from here."""
+def _client_settings(args: argparse.Namespace) -> tuple[Settings | None, Keyring | None, list[Problem]]:
+    """Return what the server's own configuration and its secrets say, as far as they can be read from here, and why not the rest."""
     # A client may run in the unit of another program, such as a CI runner, whose folders are none of ours.
     for name in UNIT_FOLDERS:
         os.environ.pop(name, None)
     problems: list[Problem] = []
     config_path, services_path = _paths(args)
     if not (args.config or os.environ.get("HOOKSHOT_CONFIG")) and not os.access(config_path, os.R_OK):
-        return None, None
+        return None, None, []
     settings = read_settings(config_path, services_path, problems)
-    config_problems = [problem for problem in problems if problem.file == config_path and not problem.is_warning]
-    if config_problems:
-        raise ConfigError(config_problems)
-    surroundings = SecretSurroundings({}, None)
-    return settings, load_keyring(settings.config, Services({}), surroundings, config_path, [])
+    # What is wrong elsewhere in the file is no reason not to ask the server.
+    found = [problem for problem in problems if problem.file == config_path and not problem.is_warning
+             and problem.path.partition(".")[0] in ("", "server", "security", "secrets")]
+    if found:
+        raise ConfigError(found)
+    problems = []
+    keyring = load_keyring(settings.config, Services({}), SecretSurroundings({}, None), config_path, problems)
+    return settings, keyring, [problem for problem in problems if not problem.is_warning]
 
 
 def _read_key_file(path: str) -> bytes:
@@ -13297,15 +13308,22 @@ def _client(args: argparse.Namespace) -> Client:
                   args.cert_key or os.environ.get("HOOKSHOT_CERT_KEY"))
     if trust.cert_key and not trust.cert:
         raise HookshotError("usage", f"--cert-key {trust.cert_key} needs the certificate that it belongs to: --cert")
+    problems: Sequence[Problem] = ()
     if not url or not key or not token:
-        settings, keyring = _client_settings(args)
+        try:
+            settings, keyring, problems = _client_settings(args)
+        except ConfigError as error:
+            if not url:
+                _say("the server is not known; name it with --url")
+                raise
+            settings, keyring, problems = None, None, error.problems
         if not url and settings and settings.config.server.tls.cert and not trust.ca:
             trust = trust._replace(ca=settings.config.server.tls.cert, is_pinned=True)
         url = url or (url_of(settings.config.server) if settings else "http://127.0.0.1:8080")
         if settings and keyring:
             key = key or next(iter(keyring.pick(settings.config.security.hmac_keys).values()), None)
             token = token or keyring.values.get("read_token", b"").decode() or None
-    return Client(url, key, token, trust)
+    return Client(url, key, token, trust, problems)
 
 
 def _parse_pairs(pairs: Sequence[str], flag: str) -> dict[str, str]:
@@ -13547,8 +13565,8 @@ def _print_lock(args: argparse.Namespace, document: Mapping[str, Any]) -> int:
 
 
 def _own_name() -> str:
-    """Return who runs this command, as user@host."""
-    return clip(escape_controls(f"{own_user()}@{os.uname().nodename}"), MAX_OWNER_CHARS)
+    """Return who runs this command, as user@host; with sudo, who called that."""
+    return clip(escape_controls(f"{os.environ.get('SUDO_USER') or own_user()}@{os.uname().nodename}"), MAX_OWNER_CHARS)
 
 
 def watch(args: argparse.Namespace) -> int:
@@ -13669,9 +13687,8 @@ def sign_body(args: argparse.Namespace) -> int:
     except OSError as error:
         raise HookshotError("usage", f"{args.file} cannot be read: {error.strerror}") from None
     client = _client(args)
-    if client.key is None:
-        raise HookshotError("authentication", "there is no key to sign with; set HOOKSHOT_HMAC_KEY or name a file with --key-file")
-    headers = sign_webhook(client.key, body, new_message_id(), now_ms() // 1000) if args.timestamp else {"X-Hub-Signature-256": sign(client.key, body)}
+    key = client.signing_key()
+    headers = sign_webhook(key, body, new_message_id(), now_ms() // 1000) if args.timestamp else {"X-Hub-Signature-256": sign(key, body)}
     print("\n".join(f"{name}: {value}" for name, value in headers.items()))
     return EXIT_OK
 

@@ -615,6 +615,27 @@ def test_flags_that_make_no_sense_are_told_with_2(flags, words):
 
 # --- over TLS
 
+@pytest.mark.parametrize("head, args, status, words", [
+    ("[logging]\nlevl = 1\n[server]", ("services",), 69, "cannot be reached"),
+    ("[server]\nlisen = 1", ("services",), 78, "did you mean listen?"),
+    ("[server", ("services",), 78, "name it with --url"),
+    ("[server", ("services", "--url", "http://127.0.0.1:9"), 69, "cannot be reached"),
+    ("[server", ("deploy", "web", "app:1", "--url", "http://127.0.0.1:9"), 77, "config.toml: is not valid TOML"),
+    ("[server]", ("deploy", "web", "app:1", "--url", "http://127.0.0.1:9"), 77, "secrets: can be read by others (mode 0644)); set HOOKSHOT_HMAC_KEY")])
+def test_a_client_needs_of_the_servers_file_what_leads_to_the_server_and_says_why_it_has_no_key(tmp_path, head, args, status, words):
+    host = Host(tmp_path, service())
+    host.config.write_text(host.config.read_text().replace("[server]", head))
+    (tmp_path / "secrets").chmod(0o644)
+    done = run("-c", host.config, *args)
+    assert done.returncode == status and words in done.stderr and done.stdout == "", done.stderr
+
+
+def test_who_is_refused_is_told_the_request_to_explain(host):
+    done = host.cli("deploy", "web", "evil:1")
+    request_id = re.search(r"refused: .* \(request ([0-9a-f]+)\)\n", done.stderr)[1]
+    assert done.returncode == 65 and "refused  image" in host.cli("explain", request_id).stdout
+
+
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
     return support.make_certificates(tmp_path_factory.mktemp("certificates"))

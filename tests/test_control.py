@@ -865,6 +865,7 @@ def test_the_command_line_locks_and_unlocks(tmp_path):
         assert host.cli("lock", "web", "--for", "soon").returncode == 2
         assert host.cli("lock", "web", "--for", "0").returncode == 65 and view(host)["locked"] is False
         assert host.cli("deploy", "web", "app:1").returncode == 0
+        assert host.cli("lock", "web", env={"SUDO_USER": "ann"}).stdout.startswith("web is locked by ann@")
 
 
 # --- told
