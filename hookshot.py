@@ -3443,7 +3443,7 @@ def read_file_limit(pid: int) -> int | None:
 
 def read_unit(pid: int) -> str | None:
     """Return the systemd service that a process belongs to, by its control group."""
-    return _find_number(f"/proc/{pid}/cgroup", r"([^/\n]+\.service)(?:/|$)")
+    return _find_number(f"/proc/{pid}/cgroup", r".*/([^/\n]+\.service)(?:/|$)")
 
 
 def owner_of(path: str) -> Account | None:
@@ -5361,8 +5361,12 @@ def describe_sqlite() -> tuple[str, bool]:
 
 @contextlib.contextmanager
 def _open_audit(path: str) -> Iterator[sqlite3.Connection]:
-    if not os.path.exists(path):
-        raise HookshotError("usage", f"there is no database {path}; name the data directory with --data-dir")
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise HookshotError("access_denied", f"{path} cannot be looked at: {error.strerror}; run this as root or as the server's user") from None
+    except OSError:
+        raise HookshotError("usage", f"there is no database {path}; name the data directory with --data-dir") from None
     try:
         with contextlib.closing(_open_beside(path)) as db:
             db.text_factory = lambda text: text.decode("utf-8", "replace")
@@ -12628,6 +12632,8 @@ class Host(NamedTuple):
     # The pid of the server, and whom it runs as, or would: who owns the data directory, or else whom the unit names.
     server: int | None
     account: Account | None
+    # By port, where no server runs.
+    listeners: Mapping[int, str]
 
 
 Remark = tuple[str, str, str]
@@ -12650,34 +12656,34 @@ class _Reading:
         return found[0] if isinstance(found, list) else otherwise
 
 
-def _read_host(config_path: str, services_path: str, environ: Any, there: Mapping[str, str] | None = None) -> Host:
+def _read_host(config_path: str, services_path: str, environ: Any, seen_by_root: tuple[Mapping[str, str], Mapping[int, str]] | None = None) -> Host:
     """Read all that the configuration names, as the server's user if root asks; what is wrong is among the problems.
 
-    `there`: what root saw of the server's environment.
+    `seen_by_root`: of the server's environment, and of who listens at its ports.
     """
     reading, defaults = _Reading(config_path), load_config("", config_path, [], default_places(config_path))
     settings = reading.take("files", functools.partial(read_settings, config_path, services_path), Settings(defaults, Services({})))
     config = _mend(settings.config, defaults)
-    server, account = reading.take("host", lambda problems: _look_for_server(config.storage.data_dir), (None, None))
-    unit = not account and _ask_systemd(_UNIT, environ) or {}
-    with contextlib.suppress(ValueError):
-        account = account or find_account(unit.get("User") or None, None)
-    if there is None:
+    server, account, is_made = reading.take("host", lambda problems: look_for_server(config.storage.data_dir, environ), (None, None, False))
+    if seen_by_root is None:
         there = {os.fsdecode(name): os.fsdecode(value) for name, value in read_environment(server).items()} if server else {}
+        ports = {address.port for address in config.server.listen if address.port} if not server else ()
+        seen_by_root = there, {port: found for port in ports if (found := find_listener(port))}
         if account and become(account):
-            return _read_host(config_path, services_path, environ, there)
+            return _read_host(config_path, services_path, environ, seen_by_root)
+    there, listeners = seen_by_root
     wrong = {problem.path.partition(".")[0] for problem in reading.problems["files"] if not problem.is_warning}
     services = Services({name: service for name, service in settings.services.by_name.items() if f'service "{name}"' not in wrong})
     surroundings = SecretSurroundings.take(environ, config.secrets.secret_prefix)
     surroundings = surroundings._replace(credentials=surroundings.credentials or there.get("CREDENTIALS_DIRECTORY"))
     seen = {**environ, "PATH": there.get("PATH") or environ.get("PATH", DEFAULT_PATH)}
     reading.take("host", functools.partial(check_host, Settings(config, services), config_path, services_path, seen), None)
-    if unit.get("StateDirectory"):  # systemd makes it
+    if is_made:
         reading.problems["host"] = [problem for problem in reading.problems["host"] if problem.path != "storage.data_dir"]
     keyring = reading.take("secrets", functools.partial(load_keyring, config, services, surroundings, config_path), Keyring({}, Masker([])), _SECRETS_PATIENCE_S)
     reading.take("secrets", lambda problems: check_channels(config.notifications, keyring.values, Place(config_path, "notifications", problems)), None)
     reading.take("tls", lambda problems: load_tls(config.server.tls, Place(config_path, "server.tls", problems)), None)
-    return Host(config, services, keyring, reading.problems, seen, server, account)
+    return Host(config, services, keyring, reading.problems, seen, server, account, listeners)
 
 
 def _mend(table: Any, defaults: Any) -> Any:
@@ -12689,12 +12695,18 @@ def _mend(table: Any, defaults: Any) -> Any:
     return defaults if table is None else table
 
 
-def _look_for_server(data_dir: str) -> tuple[int | None, Account | None]:
+def look_for_server(data_dir: str, environ: Mapping[str, str]) -> tuple[int | None, Account | None, bool]:
+    """Return the pid of who uses a data directory, whom the server runs as, or would, and whether systemd is still to make the directory."""
+    pid = None
     with contextlib.suppress(OSError):
         holder = FolderLock.holder(data_dir)
         pid = int(holder) if holder and holder.isdecimal() else None
-        return pid, owner_of(f"/proc/{pid}" if pid else data_dir)
-    return None, owner_of(data_dir)
+    if account := owner_of(f"/proc/{pid}" if pid else data_dir):
+        return pid, account, False
+    unit = _ask_systemd(_UNIT, environ) or {}
+    with contextlib.suppress(ValueError):  # told by "unit"
+        account = find_account(unit.get("User") or None, None)
+    return pid, account, bool(account and unit.get("StateDirectory"))
 
 
 def examine(config_path: str, services_path: str, environ: Any) -> Iterator[Finding]:
@@ -12915,7 +12927,7 @@ def _tell_who_listens(host: Host, address: ListenAddress) -> Remark:
         return "ok", f"{address} is in use while hookshot.socket is active, which starts the server when somebody connects", ""
     if _is_closed(host):
         return "warn", f"{address} is in use; by the server or not, only its user can see", "run this as root"
-    return "fail", f"{address} is used by {address.port and find_listener(address.port) or 'another program'}", "end it, or choose another address in server.listen"
+    return "fail", f"{address} is used by {host.listeners.get(address.port, 'another program')}", "end it, or choose another address in server.listen"
 
 
 def _examine_answer(pid: int, client: Client) -> Iterator[Remark]:
@@ -12974,6 +12986,10 @@ def _examine_certificate(host: Host) -> Iterator[Remark]:
 def _examine_unit(host: Host) -> Iterator[Remark]:
     name = host.server and read_unit(host.server) or _UNIT
     facts = _ask_systemd(name, host.environ)
+    if os.geteuid() and (facts or {}).get("LoadState") != "loaded":
+        # Of his own manager, where sudo or su may have left him no way to it.
+        own = _ask_systemd(name, {**host.environ, "XDG_RUNTIME_DIR": f"/run/user/{os.geteuid()}"}, "--user") or {}
+        facts = own if own.get("LoadState") == "loaded" else facts
     if facts is None:
         yield "ok", "systemd does not manage this host", ""
     elif facts.get("LoadState") != "loaded":
@@ -12983,11 +12999,12 @@ def _examine_unit(host: Host) -> Iterator[Remark]:
         yield from remarks or [("ok", f"{name} is loaded, Type={facts.get('Type')}, User={facts.get('User') or 'root'}", "")]
 
 
-def _ask_systemd(name: str, environ: Mapping[str, str]) -> dict[str, str] | None:
+def _ask_systemd(name: str, environ: Mapping[str, str], *options: str) -> dict[str, str] | None:
     """Return what systemd says of a unit, or None where it does not run."""
-    properties = ("LoadState", "Type", "User", "KillMode", "WatchdogUSec", "NeedDaemonReload", "StateDirectory", "ActiveState")
+    properties = ("LoadState", "Type", "User", "KillMode", "WatchdogUSec", "NeedDaemonReload", "StateDirectory", "ActiveState", "SubState", "UnitFileState",
+                  "DynamicUser")
     try:
-        done = subprocess.run(["systemctl", "show", name, f"--property={','.join(properties)}"], stdin=subprocess.DEVNULL, capture_output=True,
+        done = subprocess.run(["systemctl", "show", name, *options, f"--property={','.join(properties)}"], stdin=subprocess.DEVNULL, capture_output=True,
                               env=dict(environ), timeout=_CHECK_PATIENCE_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -12995,6 +13012,16 @@ def _ask_systemd(name: str, environ: Mapping[str, str]) -> dict[str, str] | None
 
 
 def _judge_unit(name: str, facts: Mapping[str, str]) -> Iterator[Remark]:
+    user = facts.get("User", "")
+    try:
+        # systemd takes a number without an account, and with DynamicUser= makes one.
+        find_account(None if not user or user.isdecimal() or facts.get("DynamicUser") == "yes" else user, None)
+    except ValueError as error:
+        yield "fail", f"{name} cannot start: {error}", "make the user, or correct User="
+    if facts.get("ActiveState") == "failed" or facts.get("SubState") == "auto-restart":
+        yield "fail", f"{name} has failed" + ", and systemd tries again" * (facts.get("ActiveState") != "failed"), f"see journalctl -u {name}"
+    if facts.get("UnitFileState") == "disabled":
+        yield "warn", f"{name} is not enabled, so nothing starts the server at boot", f"run systemctl enable {name}"
     if not facts.get("Type", "").startswith("notify"):
         yield "warn", f"{name} has Type={facts.get('Type')}, so systemd does not know when the server is ready", "set Type=notify"
         if facts.get("WatchdogUSec") not in ("0", "infinity", None):
@@ -13028,7 +13055,7 @@ CHECKS: dict[str, HostCheck] = {
     "server": HostCheck(_examine_listening, "the addresses: free, used by another program, or answered by the server", 15.0),
     "commands": HostCheck(_examine_commands, "whether programs and folders are open to the users that commands run as"),
     "tls": HostCheck(_examine_certificate, "certificate and key, and until when"),
-    "unit": HostCheck(_examine_unit, "the systemd unit: installed, and set up as the server needs it", 10.0),
+    "unit": HostCheck(_examine_unit, "the systemd unit: installed, enabled, not failing, and set up as the server needs it", 10.0),
 }
 
 
@@ -13116,15 +13143,31 @@ def run_server(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _become_the_server(config_path: str, services_path: str) -> bool:
+    """Become the server's user if root asks, for whom modes and owners must be right; return whether systemd is still to make the data directory."""
+    data_dir = read_settings(config_path, services_path, []).config.storage.data_dir
+    server, account, is_made = look_for_server(data_dir, os.environ) if data_dir else (None, None, False)
+    if server and (folder := read_environment(server).get(b"CREDENTIALS_DIRECTORY")):
+        os.environ.setdefault("CREDENTIALS_DIRECTORY", os.fsdecode(folder))
+    if account and become(account):
+        _say(f"as {account.name}, the server's user:")
+    elif account and account.name != own_user():
+        _say(f"this is {own_user()}, not the server's user {account.name}, so modes and owners are not judged as the server meets them; "
+             f"run this as root or as {account.name}")
+    return is_made
+
+
 def validate(args: argparse.Namespace) -> int:
     """Check both files, secrets, directories and programs; print every problem."""
     config_path, services_path = _paths(args)
+    is_made = _become_the_server(config_path, services_path)
     problems: list[Problem] = []
     settings = read_settings(config_path, services_path, problems)
     surroundings = SecretSurroundings.take(os.environ, settings.config.secrets.secret_prefix or "HOOKSHOT_")
     # Only what could be read can be looked at further; the host is asked about every service that is right in itself.
     if not has_errors(problems):
         check_host(settings, config_path, services_path, os.environ, problems)
+        problems = [problem for problem in problems if not is_made or problem.path != "storage.data_dir"]
         if surroundings.credentials and not os.path.isdir(surroundings.credentials):
             # As systemd 252 has it for ExecReload=. The server itself looks at them before it takes anything.
             Place(config_path, "secrets", problems).warning(f"are not looked at: systemd keeps {surroundings.credentials} for the server alone")

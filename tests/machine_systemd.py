@@ -124,6 +124,7 @@ def set_up() -> None:
     verified = subprocess.run(["systemd-analyze", "verify", "hookshot.service", "hookshot.socket"], capture_output=True, text=True)
     seen["verify"] = [verified.returncode, verified.stderr]
     add("hookshot.service", "test", "[Service]\nRestartSec=100ms\n")
+    run("systemctl", "enable", "hookshot.service")
 
 
 def start() -> None:

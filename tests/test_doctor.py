@@ -345,6 +345,8 @@ def test_root_looks_as_the_servers_user_does(tmp_path):
         found = {finding["check"]: finding for finding in json.loads(done.stdout)}
         assert done.returncode == 0, done.stdout
         assert found["user"]["message"] == "nobody, as the server" and found["secrets"]["status"] == found["host"]["status"] == "ok"
+        done = subprocess.run([*words, "-c", str(host.config), "validate"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "as nobody, the server's user:\n")
     os.chown(host.config, 0, 0)
     host.config.chmod(0o600)
     done = subprocess.run([python, str(PROGRAM), "-c", str(host.config), "doctor"], capture_output=True, text=True)
@@ -360,7 +362,7 @@ def fake_systemctl(folder: pathlib.Path, facts: str, unit: str = "hookshot.servi
 
 
 @pytest.mark.parametrize("facts, words", [
-    ("Type=notify\nLoadState=loaded\nKillMode=mixed\nWatchdogUSec=30s\nNeedDaemonReload=no\nUser=hookshot", []),
+    ("Type=notify\nLoadState=loaded\nKillMode=mixed\nWatchdogUSec=30s\nNeedDaemonReload=no\nUser=nobody", []),
     ("Type=simple\nLoadState=loaded\nKillMode=control-group\nWatchdogUSec=30s\nNeedDaemonReload=yes\nUser=",
      ["Type=notify", "WatchdogSec=30s without", "KillMode=mixed", "daemon-reload"]),
     ("LoadState=not-found", ["show unit"])])
@@ -372,6 +374,16 @@ def test_a_unit_that_does_not_suit_the_server_is_warned_of(host, facts, words):
     assert all(word in line for word, (_, line) in zip(words, found, strict=bool(words)))
 
 
+@pytest.mark.parametrize("facts, status, words", [
+    ("User=no-such-user-x", "fail", "cannot start: user no-such-user-x does not exist"),
+    ("ActiveState=failed\nSubState=failed", "fail", "has failed; see journalctl"),
+    ("ActiveState=activating\nSubState=auto-restart", "fail", "has failed, and systemd tries again; see journalctl"),
+    ("UnitFileState=disabled", "warn", "systemctl enable hookshot.service")])
+def test_a_unit_that_brings_no_server_is_told(host, facts, status, words):
+    fake_systemctl(host.folder, f"LoadState=loaded\nType=notify\n{facts}")
+    only(look(host, "unit", {"PATH": f"{host.folder}:{os.environ['PATH']}"}), status, words)
+
+
 @needs_root
 def test_another_user_is_told_what_he_cannot_see_and_nothing_that_is_not_so(tmp_path):
     python = python_of_others()
@@ -381,6 +393,8 @@ def test_another_user_is_told_what_he_cannot_see_and_nothing_that_is_not_so(tmp_
         open_to_others(host.folder)
         done = subprocess.run([python, str(PROGRAM), "-c", str(host.config), "doctor", "--json"], capture_output=True, text=True, user=4321, group=4321,
                               extra_groups=[], env={"PATH": os.environ["PATH"]})
+        audit = subprocess.run([python, str(PROGRAM), "-c", str(host.config), "audit"], capture_output=True, text=True, user=4321, group=4321, extra_groups=[])
+    assert audit.returncode == 77 and "state.db cannot be looked at: Permission denied; run this as root" in audit.stderr
     found = {finding["check"]: (finding["status"], finding["message"]) for finding in json.loads(done.stdout)}
     assert found["user"] == ("warn", "this is 4321, the server's user is root: modes, secrets and limits are told as 4321 meets them")
     assert found["database"] == ("warn", f"{host.data}/state.db cannot be looked at by 4321") and found["server"][0] == "warn" and "is in use" in found["server"][1]
@@ -390,14 +404,20 @@ def test_another_user_is_told_what_he_cannot_see_and_nothing_that_is_not_so(tmp_
 def test_before_the_first_start_the_unit_says_whose_the_server_will_be(tmp_path):
     """And systemd makes the data directory, which that user could not."""
     python = python_of_others()
-    host = Host(tmp_path / "host", service())
-    for path in (host.folder, *host.folder.iterdir()):
-        os.chown(path, 65534, -1)
-    host.folder.chmod(0o555)
-    open_to_others(tmp_path)
     fake_systemctl(tmp_path, "LoadState=loaded\nType=notify\nKillMode=mixed\nUser=nobody\nStateDirectory=hookshot")
-    done = subprocess.run([python, str(PROGRAM), "-c", str(host.config), "doctor"], capture_output=True, text=True, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
-    assert done.returncode == 0 and "ok   user      nobody, as the server" in done.stdout, done.stdout
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        host = Host(tmp_path / "host", service(), f'[server]\nlisten = "127.0.0.1:{taken.getsockname()[1]}"\n')
+        for path in (host.folder, *host.folder.iterdir()):
+            os.chown(path, 65534, -1)
+        host.folder.chmod(0o555)
+        open_to_others(tmp_path)
+        port = taken.getsockname()[1]
+        looks, checks = (subprocess.run([python, str(PROGRAM), "-c", str(host.config), name], capture_output=True, text=True,
+                                        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}) for name in ("doctor", "validate"))
+    name = pathlib.Path("/proc/self/comm").read_text().strip()
+    assert "ok   user      nobody, as the server" in looks.stdout and [line for line in looks.stdout.splitlines() if line.startswith("fail")] == [
+        f"fail server    127.0.0.1:{port} is used by {name} (pid {os.getpid()}); end it, or choose another address in server.listen"]
+    assert checks.returncode == 0 and "are valid" in checks.stdout, checks.stderr
 
 
 def test_a_port_that_systemd_holds_for_the_server_is_well(host):
