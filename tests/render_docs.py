@@ -236,7 +236,7 @@ def example_units() -> dict[pathlib.Path, str]:
     config = hookshot.load_config("", "", [])
     settings = hookshot.Settings(config, hookshot.load_services(hookshot.SAMPLE_SERVICES.replace("@WORKING_DIR@", '"/srv"'), "", config, []))
     paths, folder = ("/etc/hookshot/config.toml", "/etc/hookshot/services.toml"), ROOT / "examples" / "systemd"
-    return {folder / "hookshot.service": hookshot.render_unit(settings, paths, ("/usr/bin/python3", "/usr/local/bin/hookshot.pyz")),
+    return {folder / "hookshot.service": hookshot.render_unit(settings, paths, ("/usr/bin/python3", "/usr/local/bin/hookshot")),
             folder / "hookshot.socket": hookshot.render_socket(settings)}
 
 

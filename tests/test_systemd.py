@@ -25,7 +25,7 @@ from support import KEY, PATIENCE_S, PROGRAM, ROOT, Host, make_certificates, nee
 HOLD = '["sh", "-c", "until [ -e go ]; do kill -0 $PPID || exit; sleep 0.02; done"]'
 EXAMPLES = ROOT / "examples" / "systemd"
 PATHS = ("/etc/hookshot/config.toml", "/etc/hookshot/services.toml")
-SYSTEM_PROGRAM = ("/usr/bin/python3", "/usr/local/bin/hookshot.pyz")
+SYSTEM_PROGRAM = ("/usr/bin/python3", "/usr/local/bin/hookshot")
 
 
 # --- what the manager is told
