@@ -3442,8 +3442,8 @@ def read_file_limit(pid: int) -> int | None:
 
 
 def read_unit(pid: int) -> str | None:
-    """Return the systemd service that a process belongs to, by its control group."""
-    return _find_number(f"/proc/{pid}/cgroup", r".*/([^/\n]+\.service)(?:/|$)")
+    """Return the systemd service that a process belongs to, by its control group: the innermost, as a user's own manager is one too."""
+    return _find_number(f"/proc/{pid}/cgroup", r"(?s).*/([^/\n]+\.service)[/\n]")
 
 
 def owner_of(path: str) -> Account | None:
@@ -10862,7 +10862,8 @@ def _compressing(out: Any, at_s: int) -> Iterator[Any]:
 def _need_room(folder: str, size_bytes: int, what: str) -> None:
     free = free_bytes(folder) - DISK_RESERVE_BYTES
     if size_bytes > free:
-        raise HookshotError("cannot_write", f"{what} takes {render_size(size_bytes)}, and {folder} has room for {render_size(max(0, free))}; free some space")
+        raise HookshotError("cannot_write", f"{what} takes {render_size(size_bytes)}, and {folder} has room for {render_size(max(0, free))} "
+                                            f"beside the {render_size(DISK_RESERVE_BYTES)} that deploys need; free some space")
 
 
 def save_archive(source: BackupSource, path: str, at_ms: int) -> BackupCounts:
@@ -12701,7 +12702,7 @@ def look_for_server(data_dir: str, environ: Mapping[str, str]) -> tuple[int | No
     with contextlib.suppress(OSError):
         holder = FolderLock.holder(data_dir)
         pid = int(holder) if holder and holder.isdecimal() else None
-    if account := owner_of(f"/proc/{pid}" if pid else data_dir):
+    if account := (owner_of(f"/proc/{pid}") if pid else None) or owner_of(data_dir):
         return pid, account, False
     unit = _ask_systemd(_UNIT, environ) or {}
     with contextlib.suppress(ValueError):  # told by "unit"
@@ -12976,20 +12977,18 @@ def _examine_certificate(host: Host) -> Iterator[Remark]:
             # Without the milliseconds, as in the certificate: so they compare as texts.
             now, soon = (f"{render_time(now_ms() + days * 86_400_000)[:19]}Z" for days in (0, _EXPIRY_WARNING_DAYS))
             if not validity[0] <= now < validity[1]:
-                yield "fail", f"{files.cert} is valid from {validity[0]} until {validity[1]}, and not now", "renew it and send the server SIGHUP, or set the clock right"
+                yield "fail", f"{files.cert} is valid from {validity[0]} until {validity[1]}, and not now", "renew it and run hookshot reload, or set the clock right"
             elif validity[1] < soon:
-                yield "warn", f"{files.cert} expires at {validity[1]}", "renew it and send the server SIGHUP"
+                yield "warn", f"{files.cert} expires at {validity[1]}", "renew it and run hookshot reload"
             else:
                 yield "ok", f"{files.cert} is valid until {validity[1]}", ""
 
 
 def _examine_unit(host: Host) -> Iterator[Remark]:
     name = host.server and read_unit(host.server) or _UNIT
-    facts = _ask_systemd(name, host.environ)
-    if os.geteuid() and (facts or {}).get("LoadState") != "loaded":
-        # Of his own manager, where sudo or su may have left him no way to it.
-        own = _ask_systemd(name, {**host.environ, "XDG_RUNTIME_DIR": f"/run/user/{os.geteuid()}"}, "--user") or {}
-        facts = own if own.get("LoadState") == "loaded" else facts
+    # A user's own manager, to which sudo and su leave no way of themselves.
+    own = _ask_systemd(name, {**host.environ, "XDG_RUNTIME_DIR": f"/run/user/{os.geteuid()}"}, "--user") if os.geteuid() else None
+    facts = {**own, "User": own_user()} if own and own.get("LoadState") == "loaded" else _ask_systemd(name, host.environ)
     if facts is None:
         yield "ok", "systemd does not manage this host", ""
     elif facts.get("LoadState") != "loaded":
@@ -13147,13 +13146,13 @@ def _become_the_server(config_path: str, services_path: str) -> bool:
     """Become the server's user if root asks, for whom modes and owners must be right; return whether systemd is still to make the data directory."""
     data_dir = read_settings(config_path, services_path, []).config.storage.data_dir
     server, account, is_made = look_for_server(data_dir, os.environ) if data_dir else (None, None, False)
-    if server and (folder := read_environment(server).get(b"CREDENTIALS_DIRECTORY")):
-        os.environ.setdefault("CREDENTIALS_DIRECTORY", os.fsdecode(folder))
     if account and become(account):
         _say(f"as {account.name}, the server's user:")
     elif account and account.name != own_user():
         _say(f"this is {own_user()}, not the server's user {account.name}, so modes and owners are not judged as the server meets them; "
              f"run this as root or as {account.name}")
+    if server and os.access(folder := f"/run/credentials/{read_unit(server)}", os.R_OK | os.X_OK):
+        os.environ.setdefault("CREDENTIALS_DIRECTORY", folder)
     return is_made
 
 
@@ -13834,7 +13833,7 @@ def export_state(args: argparse.Namespace) -> int:
     except OSError as error:
         _silence_stdout()
         raise HookshotError("cannot_write", f"standard output cannot be written: {error.strerror}; what went out is no backup") from None
-    _say(f"exported {counts.deployments} deployments and {counts.logs} logs, {'with' if args.secrets else 'without'} secrets"
+    _say(f"exported {counts.deployments} deployment{'s' * (counts.deployments != 1)} and {counts.logs} log{'s' * (counts.logs != 1)}, {'with' if args.secrets else 'without'} secrets"
          + ("" if counts.is_compressed else "; uncompressed, because this Python lacks zlib"))
     return EXIT_OK
 
@@ -13855,7 +13854,8 @@ def import_state(args: argparse.Namespace) -> int:
                      "warnings": done.warnings})
         return EXIT_OK
     would = "would be " if args.dry_run else ""
-    print(f"backup of {done.created_at} by hookshot {done.hookshot_version}: {done.deployments} deployments, {done.logs} logs")
+    print(f"backup of {done.created_at} by hookshot {done.hookshot_version}: {done.deployments} deployment{'s' * (done.deployments != 1)}, "
+          f"{done.logs} log{'s' * (done.logs != 1)}")
     _print_table(("WHAT", "WHERE"), [("config.toml", done.targets.config), ("services.toml", done.targets.services),
                                      *([("secrets", done.targets.secrets)] if done.has_secrets else []), ("database and logs", done.targets.data_dir)])
     for ended in done.ended:

@@ -222,6 +222,7 @@ def ask_the_manager() -> None:
     (UNITS / "hookshot.service").write_text(hookshot("show", "unit"))
     run("systemctl", "daemon-reload")
     run("systemctl", "start", "hookshot.service")
+    hookshot("validate")
     deploy_id = deploy("app:4", "unit", "/deploy?wait=30")
     seen["systemctl"] = [*properties("User"), state(deploy_id), os.path.exists("/run/other-was-started")]
     run("systemctl", "reload", "hookshot.service")
@@ -243,6 +244,7 @@ def run_for_a_user() -> None:
     (home / ".config/systemd/user/hookshot.service").write_text(run(*program, "show", "unit", "--user"))
     run(*as_user, "systemctl", "--user", "enable", "--now", "hookshot.service")
     run(*program, "deploy", "example", "example/app:1.0")
+    seen["doctor of a user"] = [line for line in run(*program, "doctor").splitlines() if line.split()[1] == "unit"]
     run(*as_user, "systemctl", "--user", "reload", "hookshot.service")
     seen["user"] = [run(*as_user, "systemctl", "--user", "is-active", "hookshot.service").strip(), (home / ".local/state/hookshot/state.db").exists()]
 

@@ -559,4 +559,5 @@ def test_an_operators_way_with_systemd(tmp_path):
         "verify": [0, ""], "before ready": ["activating", "start"], "ready": [200, "idle, 1 service", "hookshot"], "deployed": ["Succeeded", True],
         "status": "deploying web, step 2 of 2", "reloaded": ["Deploying", "0"], "not reloaded": [1, "active"], "stopped": ["inactive", "success", True], "left": [],
         "recovered": "RolledBack", "in peace": True, "watchdog": [True, 200, True], "under a socket": [202], "lost": [], "listens": True,
-        "systemctl": ["root", "Succeeded", True], "credentials": {"ready": True, "message": "ready"}, "user": ["active", True]}
+        "systemctl": ["root", "Succeeded", True], "credentials": {"ready": True, "message": "ready"}, "user": ["active", True],
+        "doctor of a user": ["ok   unit      hookshot.service is loaded, Type=notify, User=dep"]}
