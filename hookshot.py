@@ -13108,10 +13108,10 @@ def _print_problems(problems: Iterable[Problem]) -> None:
     for file, group in itertools.groupby(sorted(problems, key=lambda problem: problem.file), key=lambda problem: problem.file):
         found = list(group)
         kind = "problem" if has_errors(found) else "warning"
-        _say(f"{file}: {len(found)} {kind}{'s' * (len(found) != 1)}")
+        _say(escape_controls(f"{file}: {len(found)} {kind}{'s' * (len(found) != 1)}"))
         for problem in found:
             label = "warning: " if problem.is_warning else ""
-            _say(f"  {label}{problem.path}{': ' if problem.path else ''}{problem.message}")
+            _say(escape_controls(f"  {label}{problem.path}{': ' if problem.path else ''}{problem.message}"))
 
 
 def _overrides(args: argparse.Namespace) -> Callable[[Config], Config]:
@@ -13211,7 +13211,7 @@ def reload_server(args: argparse.Namespace) -> int:
             print(escape_controls(line))
         _say("reloaded" + "; nothing has changed" * (not record.changes) if is_taken else "nothing is reloaded: the old configuration stays in force")
     if not {record.config, record.services} <= set(_paths(args)) and not args.data_dir:
-        _say(f"the server reads {record.config} and {record.services}")
+        _say(escape_controls(f"the server reads {record.config} and {record.services}"))
     return EXIT_OK if is_taken else EXIT_CONFIG
 
 

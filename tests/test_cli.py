@@ -99,13 +99,14 @@ def test_init_follows_no_link(tmp_path):
 
 
 def test_validate_prints_every_problem(tmp_path):
-    host = Host(tmp_path, service('["no-such-program-x"]', '["echo", "{{IMGAE}}"]'), "[limits]\nmax_total = 1\n")
+    host = Host(tmp_path, service('["no-such-program-x"]', '["echo", "{{IMGAE}}"]'), '[limits]\nmax_total = 1\n"\\u001b[31m" = 1\n')
     done = run("-c", host.config, "validate")
     assert done.returncode == 78 and done.stdout == ""
-    for words in ("max_total", "IMGAE", str(host.config), str(host.services)):
+    # Nothing that a terminal would obey.
+    for words in ("max_total", "IMGAE", str(host.config), str(host.services), "limits.\\x1b[31m"):
         assert words in done.stderr
     document = json.loads(run("-c", host.config, "validate", "--json").stdout)
-    assert document["valid"] is False and len(document["problems"]) == 2
+    assert document["valid"] is False and len(document["problems"]) == 3
     assert not host.data.exists()
 
 
