@@ -4,49 +4,18 @@
 import contextlib
 import io
 import os
-import pathlib
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from typing import NamedTuple
 
 import pytest
 
 import hookshot
 import render_docs
-from support import PATIENCE_S, PROGRAM, ROOT, free_port, need, running, service
+from pages import FENCE, PAGES, hookshot_commands, prose_of, read_blocks, run_script, script_of
+from support import PROGRAM, ROOT, free_port, need, running, service
 
-PAGES = render_docs.pages()
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-FENCE = re.compile(r"(?:<!-- run: (?P<run>[a-z-]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
-
-
-class Block(NamedTuple):
-    page: pathlib.Path
-    line: int
-    run: str | None
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
-
-
-def read_blocks(*languages: str) -> list[Block]:
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        found += [Block(page, text.count("\n", 0, match.start()) + 1, match["run"], match["language"], match["text"])
-                  for match in FENCE.finditer(text)]
-    return [block for block in found if not languages or block.language in languages]
-
-
-def prose_of(page: pathlib.Path) -> str:
-    """Return a page without its fenced blocks."""
-    return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 # --- rendered blocks
@@ -123,27 +92,6 @@ def test_a_wrong_configuration_would_be_noticed():
 
 # --- command lines
 
-PROGRAMS = (["hookshot"], ["python3", "hookshot.py"], ["python3", "hookshot.pyz"])
-
-
-def hookshot_commands(shell: str) -> list[list[str]]:
-    """Return the arguments of every call of hookshot in a piece of shell: also after "until", in pipes and in $(...)."""
-    shell = re.sub(r"\d?>+\s*[^\s;|&]+", "", shell.replace("\\\n", " "))
-    lexer = shlex.shlex(shell.replace("$(", " ( ").replace("\n", " ; "), posix=True, punctuation_chars=True)
-    lexer.whitespace_split, lexer.commenters = True, ""
-    found, words = [], []
-    for token in [*lexer, ";"]:
-        if not set(token) <= set("();<>|&"):
-            words.append(token)
-            continue
-        for program in PROGRAMS:
-            start = next((index for index in range(len(words)) if words[index : index + len(program)] == program), None)
-            if start is not None and all(re.fullmatch(r"\w+=.*|until|while|if|sudo|!", word) for word in words[:start]):
-                found.append(words[start + len(program) :])
-        words = []
-    return found
-
-
 def shells() -> list[tuple[str, str]]:
     """Return (place, shell text): blocks without their comments and here-documents, and calls that stand in prose."""
     pieces = []
@@ -173,28 +121,6 @@ def test_command_lines_are_found_wherever_they_stand():
 
 
 # --- blocks that run
-
-
-def script_of(name: str) -> str:
-    return "".join(block.text for block in read_blocks("sh") if block.run == name)
-
-
-def run_script(script: str, folder: pathlib.Path) -> "subprocess.CompletedProcess[str]":
-    """Run pasted blocks as a shell of an ordinary environment would; `python3` is the Python of this test."""
-    bin_folder = folder / "bin"
-    bin_folder.mkdir()
-    (bin_folder / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (bin_folder / "python3").chmod(0o755)
-    env = {name: value for name, value in os.environ.items() if not name.startswith("HOOKSHOT_")}
-    process = subprocess.Popen(["bash", "-e"], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**env, "PATH": f"{bin_folder}:{env['PATH']}"}, start_new_session=True)
-    try:
-        # A server that is left behind would keep the output open.
-        output, _ = process.communicate("trap 'kill -9 $(jobs -p) 2> /dev/null || :' EXIT\n" + script, timeout=4 * PATIENCE_S)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-    return subprocess.CompletedProcess([], process.returncode, output)
 
 
 def test_the_first_service_of_the_readme_works_by_paste(tmp_path):
@@ -243,8 +169,9 @@ def test_a_lock_by_curl_works(tmp_path):
         assert host.get("/services/site").json["lock"]["reason"] == "stocktaking"
 
 
-def test_every_block_that_says_it_runs_is_run_here():
-    assert {block.run for block in read_blocks() if block.run} == {"quickstart", "curl", "timestamp", "control", "nginx", "caddy"}
+def test_every_block_that_says_it_runs_is_named_by_a_test():
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    assert {block.run for block in read_blocks() if block.run and f'"{block.run}"' not in tests} == set()
 
 
 # --- prose

@@ -4,13 +4,13 @@
 import contextlib
 import http.client
 import os
-import re
 import subprocess
 
 import pytest
 
 import hookshot
-from support import KEY, PATIENCE_S, ROOT, Answer, free_port, need, running, service, wait_until
+from pages import text_of
+from support import KEY, PATIENCE_S, Answer, free_port, need, running, service, wait_until
 
 TOKEN = "t0k3n-of-a-reader-0123456789abcdefgh"
 HOLD = '["sh", "-c", "echo begin; until [ -e go ]; do kill -0 $PPID || exit; sleep 0.02; done; echo end"]'
@@ -19,16 +19,10 @@ NGINX = "@USER@pid nginx.pid;\ndaemon off;\nerror_log stderr;\nevents {}\nhttp {
 CADDY = "{\nadmin off\n}\nhttp://:@PORT@ {\nbind 127.0.0.1\n@BLOCK@}\n"
 
 
-def block_of(name: str) -> str:
-    """Return the configuration of a proxy that the documentation shows."""
-    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    return re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", text, re.DOTALL)[1]
-
-
 @contextlib.contextmanager
 def proxy(name: str, folder, backend: int):
     """Give the port of a running nginx or Caddy in front of a port."""
-    program, port, block = need(name), free_port(), block_of(name)
+    program, port, block = need(name), free_port(), text_of(name, name)
     assert "127.0.0.1:8080" in block
     user = "user root;\n" if os.geteuid() == 0 else ""
     text = {"nginx": NGINX, "caddy": CADDY}[name].replace("@USER@", user).replace("@PORT@", str(port)) \
