@@ -13283,9 +13283,8 @@ def init(args: argparse.Namespace) -> int:
     paths = write_sample(folder, services, values, new_key())
     for path in paths:
         print(path)
-    options = "" if folder == os.path.dirname(DEFAULT_CONFIG) else f" -c {shlex.quote(paths[0])}"
-    _say(f"Next: hookshot{options} validate; then hookshot{options} run, and from another terminal\n"
-         f"      hookshot{options} deploy example example/app:1.0")
+    call = _own_call() + ("" if folder == os.path.dirname(DEFAULT_CONFIG) else f" -c {shlex.quote(paths[0])}")
+    _say(f"Next:  {call} validate\nthen:  {call} run\nand from another terminal:\n       {call} deploy example example/app:1.0")
     return EXIT_OK
 
 
@@ -14086,6 +14085,17 @@ def render_socket(settings: Settings, *, is_user: bool = False) -> str:
 def _own_program() -> list[str]:
     """Return the interpreter and the file or archive that this command runs from."""
     return [sys.executable, os.path.abspath(getattr(__loader__, "archive", None) or __file__)]  # type: ignore[name-defined]
+
+
+def _own_call() -> str:
+    """Return the shell's words that call this program from here: `hookshot` where PATH leads to it."""
+    interpreter, program = _own_program()
+    installed = shutil.which("hookshot")
+    if installed and os.path.realpath(installed) == os.path.realpath(program):
+        return "hookshot"
+    python = "python3" if shutil.which("python3") else interpreter
+    beside = os.path.relpath(program)
+    return shlex.join([python, program if beside.startswith(os.pardir) else beside])
 
 
 def _shown_value(name: str, value: Any) -> Any:

@@ -85,6 +85,16 @@ def test_init_writes_files_that_validate_and_a_private_key(tmp_path):
     assert (found.returncode, found.stderr) == (0, "") and "valid" in found.stdout
 
 
+def test_what_init_says_comes_next_can_be_pasted(tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    shutil.copy(PROGRAM, folder)
+    said = subprocess.run([sys.executable, "hookshot.py", "init"], cwd=folder, capture_output=True, text=True, check=True).stderr
+    line = next(line for line in said.splitlines() if line.endswith(" validate"))
+    done = subprocess.run(["sh", "-c", line.removeprefix("Next:")], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["config.toml", "services.toml", "secrets"])
 def test_init_overwrites_nothing(tmp_path, name):
     (tmp_path / name).write_text("mine")
