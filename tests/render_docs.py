@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MPL-2.0
-"""Write the tables of hookshot.py into README.md and docs/: python3 tests/render_docs.py
+"""Write the tables of hookshot.py into README.md, docs/ and examples/: python3 tests/render_docs.py
 
 A block stands between "<!-- rendered: NAME -->" and "<!-- end -->"; the rest of a page is left as it is.
 """
@@ -8,7 +8,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -231,18 +231,128 @@ def render_page(text: str) -> str:
     return BLOCK.sub(lambda match: match[1] + BLOCKS[match[2]]() + match[3], text)
 
 
+# --- examples
+
+LICENCE = "# SPDX-License-Identifier: MPL-2.0\n"
+EXAMPLES = ROOT / "examples"
+SYSTEM_PROGRAM = ("/usr/bin/python3", "/usr/local/bin/hookshot")
+
+CHANNELS_HEAD = """
+# One receiver of notices; the table may stand many times. docs/monitoring.md says which type needs and may have which keys.
+# [[notifications.channel]]
+"""
+# A value for each key of a channel that says nothing at its default.
+CHANNEL_VALUES = {
+    "name": "team-chat", "type": "slack", "url": "secret:chat_url", "signing_key": "secret:notice_key", "token": "secret:bot_token", "chat_id": "@deployments",
+    "server": "mail.example.net:587", "username": "hookshot", "password": "secret:mail_password", "sender": "hookshot@example.net",
+    "recipients": ["oncall@example.net"], "command": ["/usr/local/bin/page"]}
+
+SERVICES_HEAD = """\
+# Every key of services.toml, in a service that works: a web site whose releases are folders, and the link `current` says
+# which one is live. A line that begins with "# name = value" shows a default, or for a key that is unset by default
+# what it may look like; remove the "# " to change it. What may stand in placeholders is in docs/configuration.md.
+#
+# A command is a list of program and arguments, or a table with these keys:
+#
+@COMMAND@
+#
+# The health check's http is a URL, or a table with these keys:
+#
+@PROBE@
+
+"""
+SERVICE_VALUES = {
+    "name": "site", "description": "The web site of example.net", "working_dir": "/srv/site",
+    "security.allowed_image_pattern": "site:[0-9]+[.][0-9]+",
+    "deploy.commands": [["test", "-d", "releases/{{IMAGE|tag}}"], {"name": "switch", "run": ["ln", "-sfn", "releases/{{IMAGE|tag}}", "current"], "timeout": "10s"}],
+    "healthcheck.initial_delay": 0, "healthcheck.interval": 1, "healthcheck.commands": [["test", "-s", "current/index.html"]],
+    "rollback.commands": [["ln", "-sfn", "releases/{{PREVIOUS_IMAGE|tag}}", "current"]]}
+# What keys that are unset by default may look like.
+SERVICE_HINTS = {
+    "command_timeout": "5m", "on_busy": "replace", "user": "www-data", "group": "www-data", "deploy.timeout": "10m", "healthcheck.timeout": "5s",
+    "healthcheck.http": {"url": "http://127.0.0.1:8000/health", "contains": "ok"}, "healthcheck.tcp": "127.0.0.1:8000",
+    "healthcheck.unix": "/run/site/site.sock", "rollback.enabled": False, "rollback.timeout": "2m"}
+
+
+def render_toml(value: object) -> str:
+    """Return a value as TOML; a list of commands takes a line for each."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {render_toml(entry)}" for name, entry in value.items()) + " }" if value else "{}"
+    if isinstance(value, list) and value and not isinstance(value[0], str):
+        return "[\n" + "".join(f"  {render_toml(entry)},\n" for entry in value) + "]"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(render_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def render_kind(field: hookshot.Key, shown: object) -> str:
+    """Return what a key takes, and its default if that is not what is shown."""
+    if field.default is hookshot.REQUIRED:
+        return f"{field.check.kind}; required"
+    if field.default is None:
+        return f"{field.check.kind}; unset by default"
+    return field.check.kind if field.default == shown else f"{field.check.kind}; default {render_toml(field.default)}"
+
+
+def render_row_keys(table: type) -> str:
+    """Return a line of comment for each key of a command or a probe."""
+    return "\n".join(f"#   {name}: {field.doc} ({render_kind(field, field.default)})" for name, field in table._field_defaults.items())
+
+
+def render_example(table: type, heading: str, prefix: str = "", *, values: Mapping[str, object], hints: Mapping[str, object]) -> str:
+    """Return a table with every key: `values` set, the others as a comment, at their default or as `hints` say."""
+    lines = [heading]
+    for name, field in table._field_defaults.items():
+        if not hookshot.is_table(field):
+            path = f"{prefix}{name}"
+            shown = values.get(path, hints.get(path) if field.default is None else field.default)
+            lines += [f"# {field.doc} ({render_kind(field, shown)})", f"{'' if path in values else '# '}{name} = {render_toml(shown)}"]
+    tables = [render_example(field, f"[service.{name}]", f"{name}.", values=values, hints=hints)
+              for name, field in table._field_defaults.items() if hookshot.is_table(field)]
+    return "\n".join([*lines, "", *tables])
+
+
+def example_config() -> str:
+    """Return config.toml as `init /etc/hookshot` writes it, and the keys of a channel."""
+    values = {"server.listen": "127.0.0.1:8080", "storage.data_dir": "/var/lib/hookshot", "secrets.secrets_file": "/etc/hookshot/secrets"}
+    channel = [line for name, field in hookshot.Channel._field_defaults.items()
+               for shown in [CHANNEL_VALUES.get(name, field.default)]
+               for line in (f"# {field.doc} ({render_kind(field, shown)})", f"# {name} = {render_toml(shown)}")]
+    return LICENCE + hookshot.SAMPLE_HEADING + hookshot.render_sample(hookshot.Config, "", values) + CHANNELS_HEAD + "\n".join(channel) + "\n"
+
+
+def example_services() -> str:
+    head = SERVICES_HEAD.replace("@COMMAND@", render_row_keys(hookshot.CommandSpec)).replace("@PROBE@", render_row_keys(hookshot.HttpProbe))
+    parts = (render_example(hookshot.Defaults, "[defaults]", values={}, hints=SERVICE_HINTS),
+             render_example(hookshot.Service, "[[service]]", values=SERVICE_VALUES, hints={**SERVICE_HINTS, "working_dir": "/srv/site"}))
+    return (LICENCE + head + "\n".join(parts)).rstrip("\n") + "\n"
+
+
+def sample_settings(config_path: str, data_dir: str, working_dir: str) -> hookshot.Settings:
+    """Return what the files that `init` writes say."""
+    config = hookshot.load_config(f'[storage]\ndata_dir = "{data_dir}"\n', config_path, [])
+    return hookshot.Settings(config, hookshot.load_services(hookshot.SAMPLE_SERVICES.replace("@WORKING_DIR@", f'"{working_dir}"'), "", config, []))
+
+
 def example_units() -> dict[pathlib.Path, str]:
     """Return the units in examples/systemd/: what `show` prints for the files that `init` writes to /etc/hookshot."""
-    config = hookshot.load_config("", "", [])
-    settings = hookshot.Settings(config, hookshot.load_services(hookshot.SAMPLE_SERVICES.replace("@WORKING_DIR@", '"/srv"'), "", config, []))
-    paths, folder = ("/etc/hookshot/config.toml", "/etc/hookshot/services.toml"), ROOT / "examples" / "systemd"
-    return {folder / "hookshot.service": hookshot.render_unit(settings, paths, ("/usr/bin/python3", "/usr/local/bin/hookshot")),
-            folder / "hookshot.socket": hookshot.render_socket(settings)}
+    settings, paths = sample_settings("", "/var/lib/hookshot", "/srv"), ("/etc/hookshot/config.toml", "/etc/hookshot/services.toml")
+    return {EXAMPLES / "systemd" / "hookshot.service": LICENCE + hookshot.render_unit(settings, paths, SYSTEM_PROGRAM),
+            EXAMPLES / "systemd" / "hookshot.socket": LICENCE + hookshot.render_socket(settings)}
+
+
+def example_files() -> dict[pathlib.Path, str]:
+    """Return every example that follows from hookshot.py."""
+    home = "/home/deploy/.config/hookshot"
+    own = hookshot.render_unit(sample_settings(f"{home}/config.toml", f"{home}/data", home), (f"{home}/config.toml", f"{home}/services.toml"), SYSTEM_PROGRAM, is_user=True)
+    return {**example_units(), EXAMPLES / "config.toml": example_config(), EXAMPLES / "services.toml": example_services(),
+            EXAMPLES / "systemd-user" / "hookshot.service": LICENCE + own}
 
 
 def main() -> None:
-    for file, after in {page: render_page(page.read_text(encoding="utf-8")) for page in pages()}.items() | example_units().items():
+    for file, after in {page: render_page(page.read_text(encoding="utf-8")) for page in pages()}.items() | example_files().items():
         if not file.exists() or file.read_text(encoding="utf-8") != after:
+            file.parent.mkdir(exist_ok=True)
             file.write_text(after, encoding="utf-8")
             print(f"rendered {file.relative_to(ROOT)}")
 
