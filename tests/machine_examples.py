@@ -70,6 +70,13 @@ def backup() -> None:
     seen["timer"] = run("systemctl", "show", "hookshot-backup.timer", "--value", "-p", "ActiveState", "-p", "UnitFileState").stdout.split()
     [name] = [line.split()[-1] for line in listed if "hookshot-" in line]
     seen["restorable"] = run("hookshot", "import", "--dry-run", f"/var/backups/hookshot/{name}").returncode
+    run("install", "-d", "-o", "hookshot", "/mnt/backup/hookshot")
+    drop_in = pathlib.Path("/etc/systemd/system/hookshot-backup.service.d/override.conf")
+    drop_in.parent.mkdir()
+    drop_in.write_text(PARTS["blocks"]["examples-folder"])
+    run("systemctl", "daemon-reload")
+    seen["elsewhere"] = [run("systemctl", "start", "hookshot-backup.service").returncode, len(os.listdir("/mnt/backup/hookshot"))]
+    paste("examples-cron")
 
 
 def logging() -> None:

@@ -24,7 +24,7 @@ import pytest
 
 import hookshot
 import render_docs
-from pages import script_of
+from pages import script_of, text_of
 from support import KEY, PATIENCE_S, PROGRAM, ROOT, Answer, Certificates, Host, free_port, make_certificates, need, program, running, service, wait_until
 from test_store import small_disk
 
@@ -556,11 +556,12 @@ def test_an_operators_way_through_the_page(tmp_path):
     """tests/machine_examples.py says what is done: every block of docs/examples.md is pasted on a machine with systemd."""
     for tool in ("systemd-nspawn", "nginx", "caddy", "rsyslogd", "nft"):
         need(tool)
-    names = ["examples-files", "examples-backup", "examples-rsyslog", "examples-nginx", "examples-caddy", "examples-firewall"]
+    names = ["examples-files", "examples-backup", "examples-cron", "examples-rsyslog", "examples-nginx", "examples-caddy", "examples-firewall"]
     certificates = make_certificates(tmp_path)
     files = {str(file.relative_to(ROOT)): file for file in EXAMPLES.rglob("*") if file.is_file()} | {
         "fullchain.pem": certificates.server, "privkey.pem": certificates.server_key}
-    parts = {"files": {name: base64.b64encode(file.read_bytes()).decode() for name, file in files.items()}, "blocks": {name: script_of(name) for name in names}}
+    parts = {"files": {name: base64.b64encode(file.read_bytes()).decode() for name, file in files.items()},
+             "blocks": {name: script_of(name) for name in names} | {"examples-folder": text_of("examples-folder", "ini")}}
     script = tmp_path / "script.py"
     script.write_text(f"PARTS = {parts!r}\n" + (ROOT / "tests/machine_examples.py").read_text())
     # By SIGTERM, at which the machine is taken away again.
@@ -570,5 +571,5 @@ def test_an_operators_way_through_the_page(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "valid": "/etc/hookshot/config.toml and /etc/hookshot/services.toml are valid; services: site", "warnings": ["as hookshot, the server's user:"], "deployed": [0, 11, "1.0"],
-        "archives": [["-rw-------", "hookshot"]], "timer": ["active", "enabled"], "restorable": 0, "log file": True, "rsyslog": "active",
+        "archives": [["-rw-------", "hookshot"]], "timer": ["active", "enabled"], "restorable": 0, "elsewhere": [0, 1], "log file": True, "rsyslog": "active",
         "nginx": [200, 401, 403, 401], "caddy": "active", "firewall": 1}
