@@ -488,7 +488,8 @@ def test_a_body_is_as_large_as_the_server_takes(front):
     (front.host.folder / "go").touch()
     assert front.deploy(size=1 << 20).status == 202
     with contextlib.suppress(ConnectionError, ssl.SSLError):
-        assert front.deploy(size=(1 << 20) + 1).status == 413
+        # Caddy passes a body on as it comes, and Hookshot, which knows its length, closes before all of it is there.
+        assert front.deploy(size=(1 << 20) + 1).status in (413, 502)
 
 
 @pytest.mark.parametrize("name", ["nginx", "caddy"])
