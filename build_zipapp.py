@@ -18,6 +18,7 @@ What the archive holds:
     __main__.py                 refuses an old Python in one sentence, else runs hookshot.main()
     hookshot.py                 the source, for every Python without byte code of its own
     cpython-311/hookshot.pyc    byte code, one for each --python
+    README.md, docs/*.md        the documentation that lies beside, for `hookshot docs`
 
 The entries are compressed, so a Python without zlib cannot import them; hookshot.py itself runs there.
 
@@ -124,9 +125,15 @@ def compile_with(python: str, source: bytes) -> tuple[str, bytes]:
     return f"{tag.decode()}/hookshot.pyc", byte_code
 
 
-def collect_entries(source: bytes, pythons: list[str]) -> dict[str, bytes]:
+def read_pages() -> dict[str, bytes]:
+    """Return the documentation beside this file, as much of it as there is, by entry name."""
+    files = [*ROOT.glob("README.md"), *ROOT.glob("docs/*.md")]
+    return {file.relative_to(ROOT).as_posix(): file.read_bytes() for file in files}
+
+
+def collect_entries(source: bytes, pages: dict[str, bytes], pythons: list[str]) -> dict[str, bytes]:
     """Return everything that belongs into the archive, by entry name."""
-    entries = {"__main__.py": MAIN, "hookshot.py": source}
+    entries = {"__main__.py": MAIN, "hookshot.py": source, **pages}
     for python in pythons:
         name, byte_code = compile_with(python, source)
         if name in entries:
@@ -245,17 +252,17 @@ def main(argv: list[str] | None = None) -> int:
 def run(output: Path, pythons: list[str], *, check: bool) -> int:
     """Carry out what the options ask for; return the exit status."""
     try:
-        source = SOURCE.read_bytes()
+        source, pages = SOURCE.read_bytes(), read_pages()
     except OSError as error:
-        raise BuildError(f"cannot read hookshot.py beside build_zipapp.py: {error}") from error
+        raise BuildError(f"cannot read {Path(str(error.filename)).name} beside build_zipapp.py: {error}") from error
     date = parse_epoch(os.environ.get("SOURCE_DATE_EPOCH", str(EARLIEST)))
-    entries = collect_entries(source, pythons)
+    entries = collect_entries(source, pages, pythons)
     if check:
         problems = check_archive(output, entries)
         for problem in problems:
             print(f"{output}: {problem}", file=sys.stderr)
         if not problems:
-            print(f"{output}: matches hookshot.py")
+            print(f"{output}: matches hookshot.py" + " and its documentation" * bool(pages))
         return 1 if problems else 0
     data = render_archive(entries, date)
     write_archive(output, data)

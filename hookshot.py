@@ -13084,7 +13084,12 @@ def _print_json(document: object) -> None:
 
 def _json_text(document: object, indent: int | None = None) -> str:
     """Return JSON for a program or a terminal: json.dumps leaves control characters from DEL on, and what turns lines around, as they are."""
-    return json.dumps(document, indent=indent, ensure_ascii=False).translate(_JSON_ESCAPES)
+    return json.dumps(document, indent=indent, ensure_ascii=not _takes_unicode(sys.stdout)).translate(_JSON_ESCAPES)
+
+
+def _takes_unicode(stream: Any) -> bool:
+    """Return whether a stream takes every character."""
+    return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") in ("utf8", "utf16", "utf32")
 
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -14124,6 +14129,211 @@ def show(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+# --- documentation
+
+# How wide a page is where no terminal says so, and how wide its prose is at most.
+_PLAIN_COLUMNS, _PROSE_COLUMNS = 80, 100
+# A column is made no narrower than this; a table that is still too wide is told as a list.
+_LEAST_COLUMN = 12
+_HEADING, _CODE, _PLAIN = "\x1b[1m", "\x1b[36m", "\x1b[m"
+# For terminals whose character set has no lines and arrows.
+_DRAWN = str.maketrans("─│┌┐└┘├┤┬┴┼→←↑↓", "-|+++++++++><^v")
+# Code first: what looks like a link in it is none.
+_DOC_MARKS = re.compile(r"`[^`]*`|\*\*|!?\[(?P<words>[^\[\]]*)\]\((?P<target>[^()\s]+)\)")
+_DOC_ITEM = r" *(?:[-*]|\d+\.) +"
+_DOC_BLOCK = re.compile(
+    r"(?P<code>^```.*?^```$)|(?P<comment>^<!--.*?-->$)|(?P<heading>^#+ .+?$)|(?P<table>^\|.*?$(?:\n\|[^\n]*)*)"
+    rf"|(?P<prose>^[^\n]+(?:\n(?!```|<!--|#+ |\||{_DOC_ITEM})[^\n]+)*)", re.MULTILINE | re.DOTALL)
+
+
+class _Page(NamedTuple):
+    """One page of the documentation: `text` is its Markdown, `summary` its first sentence."""
+
+    topic: str
+    title: str
+    summary: str
+    text: str
+
+
+def _read_doc(name: str) -> str | None:
+    """Return README.md or docs/NAME.md, from inside the archive or from beside this file; None if it is not there."""
+    archive = getattr(__loader__, "archive", None)  # type: ignore[name-defined]
+    try:
+        if archive:
+            return __loader__.get_data(os.path.join(archive, *name.split("/"))).decode()  # type: ignore[name-defined]
+        folder = os.path.dirname(os.path.realpath(__file__))
+        # An unpacked archive has byte code in a folder of its own.
+        folder = os.path.dirname(folder) if os.path.basename(folder) == sys.implementation.cache_tag else folder
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def _describe_doc(topic: str, text: str) -> _Page:
+    heading, _, rest = text.partition("\n")
+    prose = next((block[0] for block in _DOC_BLOCK.finditer(rest) if block["prose"]), "")
+    words = _DOC_MARKS.sub(lambda mark: mark["words"] or mark[0], " ".join(prose.split()))
+    return _Page(topic, heading.removeprefix("# "), re.split(r"(?<=\.) (?=[A-Z`])", words)[0], text)
+
+
+def read_docs() -> dict[str, _Page]:
+    """Return the pages of the documentation by topic, in the order of README's list; HookshotError if they are not here."""
+    readme = _read_doc("README.md")
+    # What lies beside a lone hookshot.py is another project's.
+    if readme is None or not readme.startswith("# Hookshot\n"):
+        raise HookshotError("not_found", f"{escape_controls(_own_program()[-1])} has no documentation beside it: README.md and docs/ are in "
+                                         "hookshot's repository, and in the archive that build_zipapp.py makes of it")
+    texts = {topic: _read_doc(f"docs/{topic}.md") for topic in re.findall(r"^- \[[^\]]*\]\(docs/([\w-]+)\.md\)", readme, re.MULTILINE | re.ASCII)}
+    return {topic: _describe_doc(topic, text) for topic, text in {"readme": readme, **texts}.items() if text is not None}
+
+
+def docs(args: argparse.Namespace) -> int:
+    """Show a page of the documentation, or which there are."""
+    pages = read_docs()
+    if args.topic is None:
+        if args.json:
+            _print_json({"topics": [{"topic": page.topic, "title": page.title, "summary": page.summary} for page in pages.values()]})
+            return EXIT_OK
+        _print_lines(_fit_table([["TOPIC", "WHAT IT SAYS"], *([page.topic, page.summary] for page in pages.values())], _page_columns()))
+        _say("hookshot docs TOPIC shows it")
+        return EXIT_OK
+    topic = args.topic.lower().removeprefix("docs/").removesuffix(".md")
+    if topic not in pages:
+        raise HookshotError("usage", f"there is no topic {clip(escape_controls(args.topic), 64)}"
+                                     f"{nearest(topic, pages) or '; hookshot docs lists those that there are'}")
+    if args.json:
+        _print_json(pages[topic]._asdict())
+        return EXIT_OK
+    lines = _render_page(pages[topic].text, _page_columns(), has_colour=wants_colour(1))
+    if not _run_pager(lines):
+        _print_lines(lines)
+    return EXIT_OK
+
+
+def _page_columns() -> int:
+    return max(shutil.get_terminal_size((_PLAIN_COLUMNS, 24)).columns - 1, 20)
+
+
+def _encode_lines(lines: Iterable[str], encoding: str) -> bytes:
+    """Return text for a terminal of whatever character set."""
+    text = "".join(f"{line}\n" for line in lines)
+    try:
+        return text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_DRAWN).encode(encoding, "replace")
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(_encode_lines(lines, encoding).decode(encoding), end="")
+
+
+def _run_pager(lines: Sequence[str]) -> bool:
+    """Show lines in $PAGER, else in less; False where stdout is no terminal, or there is no pager."""
+    pager = os.environ.get("PAGER", "less -R" if shutil.which("less") else "")
+    if not pager.strip() or not sys.stdout or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        return False
+    # As git and man have it: a shell's words. A less that is not told so shows colours as text.
+    process = subprocess.Popen(["sh", "-c", pager], stdin=subprocess.PIPE, env={"LESS": "R", **os.environ})
+    # Ctrl-C is the pager's: it ends a search, not the reading.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process.communicate(_encode_lines(lines, sys.stdout.encoding))
+    return process.returncode not in (126, 127)  # the shell's for a program that cannot be run or is not there
+
+
+def _render_page(text: str, columns: int, *, has_colour: bool) -> list[str]:
+    """Return the lines of a page as a terminal shows them: prose and tables as wide as they may be, no comments, links as text."""
+    lines: list[str] = []
+    end = 0
+    for block in _DOC_BLOCK.finditer(text):
+        if block["comment"] is None:
+            lines += [""] if "\n\n" in text[end : block.start()] else []
+            lines += _DOC_KINDS[str(block.lastgroup)](block[0], columns, has_colour)
+            end = block.end()
+    others = dict.fromkeys(topic for mark in _DOC_MARKS.finditer(text) if (topic := _topic_of(mark["target"] or "")))
+    return lines + (["", *_wrap(f"Other pages, in brackets above: {', '.join(others)}; hookshot docs TOPIC shows one.", columns)] if others else [])
+
+
+def _topic_of(target: str) -> str | None:
+    """Return the page that a link leads to, if it leads to one."""
+    found = re.fullmatch(r"(?:\.\./|docs/)?([A-Za-z-]+)\.md(?:#.*)?", target)
+    return found[1].lower() if found else None
+
+
+def _render_code(block: str, columns: int, has_colour: bool) -> list[str]:
+    """Return code as it stands, to be copied."""
+    lines = block.splitlines()
+    return [f"{_CODE}{line}{_PLAIN}" if line else "" for line in lines[1:-1]] if has_colour else lines
+
+
+def _render_heading(block: str, columns: int, has_colour: bool) -> list[str]:
+    words = _DOC_MARKS.sub(_render_mark, block)
+    return [f"{_HEADING}{words.lstrip('# ')}{_PLAIN}" if has_colour else words]
+
+
+def _render_prose(block: str, columns: int, has_colour: bool) -> list[str]:
+    """Return a paragraph or an item of a list."""
+    item = re.match(_DOC_ITEM, block)
+    head = item[0] if item else ""
+    words = _DOC_MARKS.sub(_render_mark, " ".join(block.removeprefix(head).split()))
+    lines = _wrap(words, min(columns, _PROSE_COLUMNS) - len(head))
+    return [head + lines[0], *(" " * len(head) + line for line in lines[1:])]
+
+
+def _render_table(block: str, columns: int, has_colour: bool) -> list[str]:
+    rows = [re.split(r"(?<!\\)\|", row.strip()[1:-1]) for row in block.splitlines() if not re.fullmatch(r"[|:\s-]+", row)]
+    return _fit_table([[_render_cell(cell) for cell in row] for row in rows], columns)
+
+
+def _render_cell(cell: str) -> str:
+    text = _DOC_MARKS.sub(_render_mark, cell.strip().replace("\\|", "|"))
+    return text[1:-1] if re.fullmatch(r"`[^`]+`", text) else text
+
+
+def _render_mark(mark: re.Match[str]) -> str:
+    """Return a link, a picture or a span of code as text."""
+    words, target = mark["words"], mark["target"] or ""
+    if words is None:
+        return mark[0].strip("*")
+    if mark[0].startswith("!"):
+        return f"(picture: {words})"
+    if re.match("[a-z]+:", target):
+        return words if target == words else f"{words} <{target}>"
+    if topic := _topic_of(target):
+        return words if words.lower() == topic else f"{words} [{topic}]"
+    return words if target.startswith("#") or target == words else f"{words} <{target.removeprefix('../')}>"
+
+
+def _wrap(text: str, columns: int) -> list[str]:
+    import textwrap  # only pages are wrapped
+
+    return textwrap.wrap(text, max(columns, 10), break_on_hyphens=False) or [""]
+
+
+def _fit_table(rows: Sequence[Sequence[str]], columns: int) -> list[str]:
+    """Return a table whose columns are narrowed until it fits, or a list of what it says."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    least = [min(width, max(_LEAST_COLUMN, min(max(len(word) for cell in column for word in (cell.split() or [""])), columns // 3)))
+             for width, column in zip(widths, zip(*rows))]
+    room = columns - 2 * (len(widths) - 1)
+    if sum(least) > room:
+        return [line for row in rows[1:] for line in ["", *(piece for heading, cell in zip(rows[0], row) if cell
+                                                            for piece in _wrap(f"{heading}: {cell}" if heading else cell, columns))]][1:]
+    while sum(widths) > room:
+        widest = max((number for number, width in enumerate(widths) if width > least[number]), key=widths.__getitem__)
+        widths[widest] -= 1
+    lines: list[str] = []
+    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+        cells = [_wrap(cell, width) for cell, width in zip(row, widths)]
+        lines += ["  ".join(piece.ljust(width) for piece, width in zip(pieces, widths)).rstrip() for pieces in itertools.zip_longest(*cells, fillvalue="")]
+    return lines
+
+
+_DOC_KINDS: dict[str, Callable[[str, int, bool], list[str]]] = {
+    "code": _render_code, "heading": _render_heading, "table": _render_table, "prose": _render_prose}
+
+
 # --- the table of commands
 
 
@@ -14188,6 +14398,8 @@ COMMANDS: dict[str, CliCommand] = {
         _argument("--data-dir", metavar="DIR", help="of the server; else storage.data_dir of config.toml"),
         _argument("--timeout", type=_duration_argument, default=60, metavar="DURATION", help="how long to wait for the outcome (default: 60s)"), _JSON)),
     "version": CliCommand(version, "print version, Python, SQLite, platform and build digest", (_JSON,)),
+    "docs": CliCommand(docs, "show a page of the documentation; without a topic, which pages there are", (
+        _argument("topic", nargs="?", metavar="TOPIC", help="a page, such as configuration"), _JSON)),
     "init": CliCommand(init, "write commented sample files and a fresh key", (_argument("dir", nargs="?", default=".", metavar="DIR", help="directory to write into (default: this one)"),)),
     "keygen": CliCommand(keygen, "print a fresh key of 32 random bytes in hex"),
     "demo": CliCommand(demo, "show a deployment that succeeds and one that is rolled back; needs nothing", (_argument("--once", action="store_true", help="exit afterwards; 0 only if both ended as they should"),)),
@@ -14256,7 +14468,7 @@ def _add_global_options(parser: argparse.ArgumentParser, default: Any) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of COMMANDS; the global options may stand before and after the command."""
     parser = argparse.ArgumentParser(prog="hookshot", description="One signed request, one deployment: run it, watch it, roll it back.",
-                                     epilog="No command is the same as run. Exit statuses and files: see the documentation.")
+                                     epilog="No command is the same as run. Exit statuses and files: hookshot docs cli.")
     parser.add_argument("--version", action="store_const", dest="command", const="version", help="same as the command version")
     _add_global_options(parser, None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -14282,6 +14494,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. Every failure is one plain sentence on stderr."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if not _takes_unicode(sys.stdout):
+        # What a terminal of another character set cannot show is a "?" there, not the end of the command.
+        sys.stdout.reconfigure(errors="replace")
     # Before any of them reads a key.
     protect_memory()
     try:
@@ -14296,7 +14511,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"hookshot: {error.sentence}")
         return error.kind.exit
     except KeyboardInterrupt:
-        _say("interrupted" + "; a deployment that was accepted goes on without you" * (args.command not in ("export", "import")))
+        if args.command != "docs":
+            _say("interrupted" + "; a deployment that was accepted goes on without you" * (args.command not in ("export", "import")))
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         _silence_stdout()  # `hookshot history | head`: the reader has enough

@@ -406,10 +406,56 @@ def test_check_with_the_interpreter_proves_every_byte_of_byte_code(workshop):
     assert (done.returncode, done.stderr) == (1, f"{archive}: {BYTE_CODE} differs\n")
 
 
+# --- The documentation ---
+
+
+@pytest.fixture
+def documented(workshop):
+    """A workshop with two pages, and with files beside them that are none."""
+    (workshop / "README.md").write_text("# Hookshot\n")
+    (workshop / "docs").mkdir()
+    for name in ("api.md", "demo.svg", "api.md.orig"):
+        (workshop / "docs" / name).write_text(f"{name} \u2192\n", encoding="utf-8")
+    return workshop
+
+
+def test_the_pages_beside_the_source_are_in_the_archive(documented):
+    """README.md and docs/*.md, byte for byte; nothing else of docs/."""
+    assert read_entries(built(documented)) == {
+        "README.md": b"# Hookshot\n", "__main__.py": build_zipapp.MAIN, "docs/api.md": "api.md \u2192\n".encode(), "hookshot.py": STUB.encode()}
+    assert build(documented, "--check").stdout.endswith("hookshot.pyz: matches hookshot.py and its documentation\n")
+
+
+def test_an_archive_with_pages_is_the_same_bytes_elsewhere(documented, tmp_path):
+    """Folder, umask and the age and mode of pages do not show."""
+    first = built(documented).read_bytes()
+    other = tmp_path / "elsewhere"
+    shutil.copytree(documented, other, ignore=shutil.ignore_patterns("dist"))
+    (other / "docs" / "api.md").chmod(0o600)
+    os.utime(other / "README.md", (1, 1))
+    assert built(other, umask=0o077, cwd="/").read_bytes() == first
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda folder: (folder / "docs" / "api.md").write_text("changed\n"), "docs/api.md differs"),
+    (lambda folder: (folder / "docs" / "new.md").write_text("new\n"), "docs/new.md is missing"),
+    (lambda folder: (folder / "README.md").unlink(), "README.md does not belong there"),
+], ids=["changed", "new", "gone"])
+def test_check_covers_the_pages(change, sentence, documented):
+    """An archive with old pages is an old archive."""
+    archive = built(documented)
+    change(documented)
+    done = build(documented, "--check")
+    assert (done.returncode, done.stderr) == (1, f"{archive}: {sentence}\n")
+
+
 # --- The real hookshot.py ---
 
 def test_the_real_archive_is_small(tmp_path):
-    """So that it can be copied over any line."""
+    """So that it can be copied over any line: the program, and the documentation besides."""
     done = call(sys.executable, build_zipapp.__file__, "--output", tmp_path / "hookshot.pyz")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "hookshot.pyz").stat().st_size < 256 * 1024
+    with zipfile.ZipFile(tmp_path / "hookshot.pyz") as opened:
+        pages = sum(info.compress_size for info in opened.infolist() if info.filename.endswith(".md"))
+    assert (tmp_path / "hookshot.pyz").stat().st_size - pages < 256 * 1024
+    assert 0 < pages < 160 * 1024

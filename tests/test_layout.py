@@ -181,7 +181,7 @@ PURE_SECTIONS = {"ERRORS", "VALUES", "TEMPLATES", "CONFIG", "WIRE", "LIFECYCLE",
 PURE = {
     "base64", "bisect", "collections", "contextlib", "difflib", "email.message", "email.utils", "enum", "functools", "hashlib", "hmac.HMAC", "hmac.digest", "hmac.new", "ipaddress", "itertools",
     "json", "os.strerror", "os.path.basename", "os.path.dirname", "os.path.join", "queue.Empty", "re", "shlex", "signal.Signals", "stat",
-    "sys.version_info", "time.gmtime", "time.strftime", "tomllib", "traceback", "typing", "urllib.parse", "zlib"}
+    "sys.version_info", "textwrap", "time.gmtime", "time.strftime", "tomllib", "traceback", "typing", "urllib.parse", "zlib"}
 
 # Who may touch the outside world. A name covers what lies under it, unless a longer one is here too.
 CONFINED = {
@@ -226,7 +226,7 @@ CONFINED = {
     "sqlite3": "STORE",
     "sqlite3.sqlite_version": "STORE API CLI",
     "ssl": "NOTIFY SERVER CLIENT",
-    "subprocess": "SECRETS RUN NOTIFY DOCTOR",
+    "subprocess": "SECRETS RUN NOTIFY DOCTOR CLI",
     "sys": "SERVER CLIENT CLI ASSETS",
     "tarfile": "BACKUP",
     "tempfile": "BACKUP CLI",
