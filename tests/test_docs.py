@@ -13,7 +13,7 @@ import pytest
 import hookshot
 import render_docs
 from pages import FENCE, PAGES, hookshot_commands, prose_of, read_blocks, run_script, script_of
-from support import PROGRAM, ROOT, free_port, need, running, service
+from support import KEY, PROGRAM, ROOT, free_port, need, running, service
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -167,6 +167,29 @@ def test_a_lock_by_curl_works(tmp_path):
         done = run_script(script.replace("127.0.0.1:8080", f"127.0.0.1:{host.port}"), host.folder)
         assert done.returncode == 0 and '"locked":true' in done.stdout, done.stdout
         assert host.get("/services/site").json["lock"]["reason"] == "stocktaking"
+
+
+def test_a_client_finds_server_and_key_as_the_docs_say(tmp_path):
+    need("bash")
+    services = '[[service]]\nname = "site"\nworking_dir = "@"\n[service.security]\nallowed_image_pattern = \'site:[0-9.]+\'\n' \
+        '[service.deploy]\ncommands = [["echo", "{{commit}}"]]\n'
+    with running(tmp_path / "host", services) as host:
+        folder = tmp_path / "elsewhere"
+        folder.mkdir()
+        shutil.copy(PROGRAM, folder)
+        (folder / "key").write_text(KEY)
+        done = run_script(script_of("client").replace("127.0.0.1:8080", f"127.0.0.1:{host.port}"), folder)
+        assert done.returncode == 0, done.stdout
+        assert "9f3c21ab" in done.stdout and "Succeeded" in done.stdout and '"ready": true' in done.stdout
+
+
+def test_the_pages_can_be_searched_as_the_docs_say(tmp_path):
+    need("bash")
+    for file in ("hookshot.py", "README.md"):
+        shutil.copy(ROOT / file, tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    done = run_script(script_of("docs"), tmp_path)
+    assert done.returncode == 0 and "max_concurrent_total" in done.stdout, done.stdout
 
 
 def test_every_block_that_says_it_runs_is_named_by_a_test():
