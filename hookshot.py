@@ -14170,7 +14170,8 @@ def _read_doc(name: str) -> str | None:
         return None
 
 
-def _describe_doc(topic: str, text: str) -> _Page:
+def describe_page(topic: str, text: str) -> _Page:
+    """Return a page with its title and its first sentence, without links."""
     heading, _, rest = text.partition("\n")
     prose = next((block[0] for block in _DOC_BLOCK.finditer(rest) if block["prose"]), "")
     words = _DOC_MARKS.sub(lambda mark: mark["words"] or mark[0], " ".join(prose.split()))
@@ -14185,7 +14186,7 @@ def read_docs() -> dict[str, _Page]:
         raise HookshotError("not_found", f"{escape_controls(_own_program()[-1])} has no documentation beside it: README.md and docs/ are in "
                                          "hookshot's repository, and in the archive that build_zipapp.py makes of it")
     texts = {topic: _read_doc(f"docs/{topic}.md") for topic in re.findall(r"^- \[[^\]]*\]\(docs/([\w-]+)\.md\)", readme, re.MULTILINE | re.ASCII)}
-    return {topic: _describe_doc(topic, text) for topic, text in {"readme": readme, **texts}.items() if text is not None}
+    return {topic: describe_page(topic, text) for topic, text in {"readme": readme, **texts}.items() if text is not None}
 
 
 def docs(args: argparse.Namespace) -> int:

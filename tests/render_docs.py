@@ -2,13 +2,16 @@
 """Write the tables of hookshot.py into README.md, docs/ and examples/: python3 tests/render_docs.py
 
 A block stands between "<!-- rendered: NAME -->" and "<!-- end -->"; the rest of a page is left as it is.
+"python3 tests/render_docs.py demo" runs the demo and makes docs/demo.svg, the picture of it.
 """
 
 import json
 import pathlib
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from xml.sax.saxutils import escape
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -219,11 +222,60 @@ def render_sections() -> str:
     return render_table(("#", "Section", "Its job"), rows)
 
 
+# --- the pages
+
+# From the first steps to what is looked up.
+ORDER = ("quickstart", "deployment", "configuration", "recipes", "ci", "examples", "migrating", "operations", "monitoring", "systemd", "security", "backup",
+         "audit", "troubleshooting", "scaling", "cli", "api", "design", "changelog")
+
+def render_pages() -> str:
+    """Return the list of pages with their first sentences: those of ORDER as they stand there, any other after them."""
+    order = {name: number for number, name in enumerate(ORDER)}
+    found = sorted(pages()[1:], key=lambda page: (order.get(page.stem, len(order)), page.stem))
+    described = [(page, hookshot.describe_page(page.stem, page.read_text(encoding="utf-8"))) for page in found]
+    return "".join(f"- [{told.title}](docs/{page.name}): {told.summary}\n" for page, told in described)
+
+
+# --- the picture of the demo
+
+PICTURE = ROOT / "docs" / "demo.svg"
+# What is another at each run, and the times, which say little in a picture.
+VARYING = ((r"^\S+T\S+Z ", ""), (r"(?<=127\.0\.0\.1:)\d+", "…"), (r"/\S*/hookshot-demo-\w+", "/tmp/hookshot-demo-…"), (r"[\d.]+ m?s\b(?=$|[,:])", "…"))
+# The first rule that is found in a line gives its colour.
+COLOURS = ((r"^\$|^==", "#ffffff"), (r"^   hookshot", "#79c0ff"), (r"RolledBack|rolling back|^rollback", "#e3b341"),
+           (r" err |exited with status", "#ff7b72"), (r"Succeeded|succeeded|good$|answers 200|as they should", "#7ee787"), ("", "#c9d1d9"))
+COLUMN_PX, LINE_PX, MARGIN_PX = 7.5, 17, 14
+
+
+def run_demo() -> list[str]:
+    """Return what the demo prints, without what is another at each run; of the release that works, only how it ended."""
+    done = subprocess.run([sys.executable, ROOT / "hookshot.py", "demo", "--once"], capture_output=True, text=True, check=True, timeout=120)
+    lines = done.stdout.splitlines()
+    for pattern, instead in VARYING:
+        lines = [re.sub(pattern, instead, line) for line in lines]
+    begins, ends = (next(number for number, line in enumerate(lines) if re.match(start, line)) for start in ("   hookshot", "-> "))
+    return ["$ hookshot demo --once", *lines[: begins + 1], "…", *lines[ends:]]
+
+
+def render_picture(lines: Sequence[str]) -> str:
+    """Return lines of a terminal as a picture. Their widths are fixed, whatever font the reader has."""
+    width, height = round(2 * MARGIN_PX + COLUMN_PX * max(map(len, lines))), 2 * MARGIN_PX + LINE_PX * len(lines)
+    shapes = [f'<rect width="{width}" height="{height}" rx="8" fill="#0d1117"/>']
+    for number, line in enumerate(lines):
+        if line.strip():
+            colour = next(colour for pattern, colour in COLOURS if re.search(pattern, line))
+            x, text = MARGIN_PX + COLUMN_PX * (len(line) - len(line.lstrip())), line.strip()
+            shapes.append(f'<text x="{x:g}" y="{MARGIN_PX + LINE_PX * number + 13}" fill="{colour}" textLength="{COLUMN_PX * len(text):g}">{escape(text)}</text>')
+    return (f'<!-- SPDX-License-Identifier: MPL-2.0 -->\n<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+            f'font-family="ui-monospace, DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="12.5">\n' + "\n".join(shapes) + "\n</svg>\n")
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "config": render_config, "services": render_services, "command-keys": render_command_keys, "probe-keys": render_probe_keys,
     "channel-keys": render_channel_keys, "channel-types": render_channel_types, "metrics": render_metrics, "log-events": render_log_events,
     "variables": render_variables, "functions": render_functions, "routes": render_routes, "gates": render_gates, "errors": render_errors,
-    "limits": render_limits, "states": render_states, "commands": render_commands, "checks": render_checks, "exits": render_exits, "sections": render_sections}
+    "limits": render_limits, "states": render_states, "commands": render_commands, "checks": render_checks, "exits": render_exits,
+    "sections": render_sections, "pages": render_pages}
 
 
 def render_page(text: str) -> str:
@@ -350,7 +402,8 @@ def example_files() -> dict[pathlib.Path, str]:
 
 
 def main() -> None:
-    for file, after in {page: render_page(page.read_text(encoding="utf-8")) for page in pages()}.items() | example_files().items():
+    pictures = {PICTURE: render_picture(run_demo())} if sys.argv[1:] == ["demo"] else {}
+    for file, after in ({page: render_page(page.read_text(encoding="utf-8")) for page in pages()} | example_files() | pictures).items():
         if not file.exists() or file.read_text(encoding="utf-8") != after:
             file.parent.mkdir(exist_ok=True)
             file.write_text(after, encoding="utf-8")

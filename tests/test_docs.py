@@ -3,7 +3,6 @@
 
 import contextlib
 import io
-import os
 import re
 import shlex
 import shutil
@@ -123,23 +122,30 @@ def test_command_lines_are_found_wherever_they_stand():
 # --- blocks that run
 
 
-def test_the_first_service_of_the_readme_works_by_paste(tmp_path):
+def paste(folder, name):
+    """Run the README's blocks of a name in a folder with a copy of the program, as somebody whose port 8080 is free."""
     need("bash")
-    folder = tmp_path / "an empty folder"
     folder.mkdir()
     shutil.copy(PROGRAM, folder)
-    # The reader has port 8080 free; a test cannot count on it.
     init = "python3 hookshot.py init\n"
-    script = script_of("quickstart")
-    assert init in script
-    script = script.replace(init, f"{init}sed 's/127.0.0.1:8080/127.0.0.1:{free_port()}/' config.toml > new && mv new config.toml\n")
+    return run_script(script_of(name).replace(init, f"{init}sed 's/127.0.0.1:8080/127.0.0.1:{free_port()}/' config.toml > new && mv new config.toml\n"), folder)
 
-    done = run_script(script, folder)
 
+def test_the_first_service_of_the_readme_works_by_paste(tmp_path):
+    done = paste(tmp_path / "an empty folder", "first-service")
     assert done.returncode == 0, done.stdout
-    assert "Succeeded" in done.stdout and "RolledBack" in done.stdout
-    assert os.readlink(folder / "current") == "releases/1.0"
-    assert '"stopped"' in (folder / "server.log").read_text()
+    assert "deploying example/app:1.0" in done.stdout and "Succeeded" in done.stdout
+    assert '"stopped"' in (tmp_path / "an empty folder" / "server.log").read_text()
+
+
+def test_the_demo_of_the_readme_works_by_paste(tmp_path):
+    done = paste(tmp_path / "anywhere", "demo")
+    assert done.returncode == 0 and "Both ended as they should." in done.stdout, done.stdout
+    assert not list((tmp_path / "anywhere").glob("*data*"))
+
+
+def test_the_picture_in_the_readme_is_what_the_demo_prints():
+    assert render_docs.PICTURE.read_text(encoding="utf-8") == render_docs.render_picture(render_docs.run_demo()), "run python3 tests/render_docs.py demo"
 
 
 @pytest.mark.parametrize("block", ["curl", "timestamp"])
