@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import re
 import shlex
 import shutil
@@ -141,6 +142,10 @@ def anchor_of(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
+def anchors_of(page: pathlib.Path) -> set[str]:
+    return set(map(anchor_of, re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)))
+
+
 @each_page
 def test_links_lead_to_something_that_is_there(page):
     broken = []
@@ -149,8 +154,7 @@ def test_links_lead_to_something_that_is_there(page):
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        headings = re.findall(r"^#+ (.*)$", FENCE.sub("", target.read_text(encoding="utf-8")), re.MULTILINE) if target.suffix == ".md" else []
-        if not target.exists() or (anchor and anchor not in map(anchor_of, headings)):
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
             broken.append(link)
     assert broken == []
 
@@ -259,9 +263,13 @@ def test_a_shell_block_can_be_parsed(script):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+# Of what is pasted: "cd ... || exit" (SC2164) would close the reader's terminal, and "a && b || :" (SC2015) means just that.
+NOT_OF_PAGES = "SC2015,SC2164"
+
+
 @each_script
 def test_shellcheck_finds_nothing_in_a_shell_block(script):
-    done = subprocess.run([need("shellcheck"), "--shell=bash", "--color=never", "-"], input=script, text=True, capture_output=True)
+    done = subprocess.run([need("shellcheck"), "--shell=bash", f"--exclude={NOT_OF_PAGES}", "--color=never", "-"], input=script, text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout
 
 
@@ -275,7 +283,9 @@ def shells() -> list[tuple[str, str]]:
 
 
 CALLS = [pytest.param(arguments, id=f"{place.partition(':')[0]}: {shlex.join(arguments)}")
-         for place, text in shells() for arguments in hookshot_commands(text)]
+         for place, text in shells() for arguments in hookshot_commands(text)
+         # In prose a command may stand for itself: `hookshot deploy`.
+         if not (place.endswith(text) and len(arguments) == 1 and arguments[0] in hookshot.COMMANDS)]
 
 
 @pytest.mark.parametrize("arguments", CALLS)
@@ -373,7 +383,7 @@ def test_the_pages_can_be_searched_as_the_docs_say(tmp_path):
 
 
 def test_every_block_that_says_it_runs_is_named_by_a_test():
-    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py"))
     assert {block.run for block in read_blocks() if block.run and f'"{block.run}"' not in tests} == set()
 
 
