@@ -14138,12 +14138,12 @@ _LEAST_COLUMN = 12
 _HEADING, _CODE, _PLAIN = "\x1b[1m", "\x1b[36m", "\x1b[m"
 # For terminals whose character set has no lines and arrows.
 _DRAWN = str.maketrans("─│┌┐└┘├┤┬┴┼→←↑↓", "-|+++++++++><^v")
-# Code first: what looks like a link in it is none.
-_DOC_MARKS = re.compile(r"`[^`]*`|\*\*|!?\[(?P<words>[^\[\]]*)\]\((?P<target>[^()\s]+)\)")
+# Texts, so that no other command compiles them. Code comes first: what looks like a link in it is none.
+_DOC_MARKS = r"`[^`]*`|\*\*|!?\[(?P<words>[^\[\]]*)\]\((?P<target>[^()\s]+)\)"
 _DOC_ITEM = r" *(?:[-*]|\d+\.) +"
-_DOC_BLOCK = re.compile(
-    r"(?P<code>^```.*?^```$)|(?P<comment>^<!--.*?-->$)|(?P<heading>^#+ .+?$)|(?P<table>^\|.*?$(?:\n\|[^\n]*)*)"
-    rf"|(?P<prose>^[^\n]+(?:\n(?!```|<!--|#+ |\||{_DOC_ITEM})[^\n]+)*)", re.MULTILINE | re.DOTALL)
+_DOC_BLOCK = (
+    r"(?ms)(?P<code>^```.*?^```$)|(?P<comment>^<!--.*?-->$)|(?P<heading>^#+ .+?$)|(?P<table>^\|.*?$(?:\n\|[^\n]*)*)"
+    rf"|(?P<prose>^[^\n]+(?:\n(?!```|<!--|#+ |\||{_DOC_ITEM})[^\n]+)*)")
 
 
 class _Page(NamedTuple):
@@ -14173,8 +14173,8 @@ def _read_doc(name: str) -> str | None:
 def describe_page(topic: str, text: str) -> _Page:
     """Return a page with its title and its first sentence, without links."""
     heading, _, rest = text.partition("\n")
-    prose = next((block[0] for block in _DOC_BLOCK.finditer(rest) if block["prose"]), "")
-    words = _DOC_MARKS.sub(lambda mark: mark["words"] or mark[0], " ".join(prose.split()))
+    prose = next((block[0] for block in re.finditer(_DOC_BLOCK, rest) if block["prose"]), "")
+    words = re.sub(_DOC_MARKS, lambda mark: mark["words"] or mark[0], " ".join(prose.split()))
     return _Page(topic, heading.removeprefix("# "), re.split(r"(?<=\.) (?=[A-Z`])", words)[0], text)
 
 
@@ -14247,12 +14247,12 @@ def _render_page(text: str, columns: int, *, has_colour: bool) -> list[str]:
     """Return the lines of a page as a terminal shows them: prose and tables as wide as they may be, no comments, links as text."""
     lines: list[str] = []
     end = 0
-    for block in _DOC_BLOCK.finditer(text):
+    for block in re.finditer(_DOC_BLOCK, text):
         if block["comment"] is None:
             lines += [""] if "\n\n" in text[end : block.start()] else []
             lines += _DOC_KINDS[str(block.lastgroup)](block[0], columns, has_colour)
             end = block.end()
-    others = dict.fromkeys(topic for mark in _DOC_MARKS.finditer(text) if (topic := _topic_of(mark["target"] or "")))
+    others = dict.fromkeys(topic for mark in re.finditer(_DOC_MARKS, text) if (topic := _topic_of(mark["target"] or "")))
     return lines + (["", *_wrap(f"Other pages, in brackets above: {', '.join(others)}; hookshot docs TOPIC shows one.", columns)] if others else [])
 
 
@@ -14269,7 +14269,7 @@ def _render_code(block: str, columns: int, has_colour: bool) -> list[str]:
 
 
 def _render_heading(block: str, columns: int, has_colour: bool) -> list[str]:
-    words = _DOC_MARKS.sub(_render_mark, block)
+    words = re.sub(_DOC_MARKS, _render_mark, block)
     return [f"{_HEADING}{words.lstrip('# ')}{_PLAIN}" if has_colour else words]
 
 
@@ -14277,7 +14277,7 @@ def _render_prose(block: str, columns: int, has_colour: bool) -> list[str]:
     """Return a paragraph or an item of a list."""
     item = re.match(_DOC_ITEM, block)
     head = item[0] if item else ""
-    words = _DOC_MARKS.sub(_render_mark, " ".join(block.removeprefix(head).split()))
+    words = re.sub(_DOC_MARKS, _render_mark, " ".join(block.removeprefix(head).split()))
     lines = _wrap(words, min(columns, _PROSE_COLUMNS) - len(head))
     return [head + lines[0], *(" " * len(head) + line for line in lines[1:])]
 
@@ -14288,7 +14288,7 @@ def _render_table(block: str, columns: int, has_colour: bool) -> list[str]:
 
 
 def _render_cell(cell: str) -> str:
-    text = _DOC_MARKS.sub(_render_mark, cell.strip().replace("\\|", "|"))
+    text = re.sub(_DOC_MARKS, _render_mark, cell.strip().replace("\\|", "|"))
     return text[1:-1] if re.fullmatch(r"`[^`]+`", text) else text
 
 
