@@ -14289,7 +14289,7 @@ def _render_table(block: str, columns: int, has_colour: bool) -> list[str]:
 
 def _render_cell(cell: str) -> str:
     text = re.sub(_DOC_MARKS, _render_mark, cell.strip().replace("\\|", "|"))
-    return text[1:-1] if re.fullmatch(r"`[^`]+`", text) else text
+    return text.replace("`", "") if re.fullmatch(r"`[^`]+`(?:, `[^`]+`)*", text) else text
 
 
 def _render_mark(mark: re.Match[str]) -> str:
