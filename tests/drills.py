@@ -47,6 +47,8 @@ commands = [["ln", "-sfn", "{{PREVIOUS_IMAGE|tag}}", "current"]]
 """
 # While it is there, a deployment of web:2.0 does not end.
 HOLD = WEB / "hold-web:2.0"
+# The names of the blocks that this drill has run.
+PASTED: list[str] = []
 DRILLS: list[Callable[[], dict[str, object]]] = []
 
 
@@ -70,14 +72,20 @@ def bash(script: str, folder: pathlib.Path = COPY, timeout_s: float = 120) -> "s
     return subprocess.CompletedProcess([], process.returncode, output)
 
 
-def paste(name: str, *changes: tuple[str, str]) -> str:
-    """Run the blocks of a name and return what they printed; `changes` put what is here in the place of what a page can only show."""
+def attempt(name: str, *changes: tuple[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run the blocks of a name; `changes` put what is here in the place of what a page can only show."""
+    PASTED.append(name)
     script = SCRIPTS[name]
     for shown, real in changes:
         if shown not in script:
             raise RuntimeError(f"{name} does not hold {shown}")
         script = script.replace(shown, real)
-    done = bash(script)
+    return bash(script)
+
+
+def paste(name: str, *changes: tuple[str, str]) -> str:
+    """Run the blocks of a name, which must do, and return what they printed."""
+    done = attempt(name, *changes)
     if done.returncode:
         raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stdout}")
     return done.stdout
@@ -200,7 +208,7 @@ def daily() -> dict[str, object]:
     seen["again"] = BACKUP.stat().st_ino != first and BACKUP.samefile(day) and len(list(BACKUP.parent.glob("hookshot*"))) == 2
     seen["young"] = paste("backup-age-of")
     run(f"touch -d '2 days ago' {BACKUP}")
-    seen["old"] = bash(SCRIPTS["backup-age-of"]).returncode
+    seen["old"] = attempt("backup-age-of").returncode
     return seen
 
 
@@ -346,7 +354,7 @@ def version_before() -> dict[str, object]:
     upgraded = paste("drill-upgrade", ("dist/hookshot.pyz", "later/hookshot.pyz"))
     deploy("web:2.0", path="/deploy?wait=60")
     version = run("hookshot version")
-    back = bash(SCRIPTS["drill-downgrade"])
+    back = attempt("drill-downgrade")
     log = run("journalctl -u hookshot -o cat -n 10 --no-pager")
     said = paste("drill-downgrade-import")
     return {"upgraded": upgraded, "version": version.split()[1], "back": [back.returncode, back.stdout], "log": log, "said": said, "active": is_active(),
@@ -428,6 +436,7 @@ def token_rotation() -> dict[str, object]:
 def certificates() -> dict[str, object]:
     reset()
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days {} -subj /CN=localhost -addext subjectAltName=DNS:localhost -keyout privkey.pem -out fullchain.pem 2> /dev/null"
+    PASTED.append("tls-toml")
     config = (ETC / "config.toml").read_text()
     for line in SCRIPTS["tls-toml"].splitlines()[1:]:
         config = config.replace(f'# {line.split()[0]} = ""\n', f"{line}\n")
@@ -443,7 +452,7 @@ def certificates() -> dict[str, object]:
 @drill
 def doctor() -> dict[str, object]:
     reset()
-    return {"said": bash(SCRIPTS["doctor"]).stdout, "exposure": paste("hardening")}
+    return {"said": attempt("doctor").stdout, "exposure": paste("hardening")}
 
 
 # --- audit.md
@@ -459,7 +468,8 @@ def audit() -> dict[str, object]:
     verified = run("hookshot audit verify")
     head = verified.split()[-1]
     seen = {"said": said, "head": paste("audit-head", ("1957d48774b4c5f647c9ca883040994078d05d44f6bd4711902721537dc66aa8", head)),
-            "other": bash(SCRIPTS["audit-head"]).returncode}
+            "other": attempt("audit-head").returncode}
+    PASTED.append("audit-by-hand")
     (DATA / "check.py").write_text(SCRIPTS["audit-by-hand"])
     seen["by hand"] = bash("python3 check.py", DATA).returncode
     run("systemctl stop hookshot && sqlite3 /var/lib/hookshot/state.db \"UPDATE audit SET image='web:9.9' WHERE n=2\"")
@@ -473,8 +483,9 @@ def main() -> None:
     seen = {}
     for function in DRILLS:
         began = time.monotonic()
+        PASTED.clear()
         try:
-            seen[function.__name__] = function()
+            seen[function.__name__] = {**function(), "pasted": sorted(set(PASTED))}
         except Exception:
             journal = subprocess.run(["journalctl", "--no-pager", "-n", "20", "-o", "cat", "-u", "hookshot"], capture_output=True, text=True).stdout
             seen[function.__name__] = {"broken": f"{traceback.format_exc()}\n{journal}"}
