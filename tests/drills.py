@@ -227,12 +227,12 @@ def encryption() -> dict[str, object]:
     paste("backup-age-key")
     run("mv hookshot-backup.pub /etc/hookshot/backup.pub")
     paste("backup-age")
-    with_age = paste("backup-age-read")
+    with_age = paste("backup-age-read", ("2026-11-29", time.strftime("%Y-%m-%d")))
     paste("backup-gpg-key", ("gpg --quick", "gpg --batch --passphrase '' --quick"))
     run("mv hookshot-backup.asc /etc/hookshot/backup.asc")
     paste("backup-gpg")
     with_gpg = paste("backup-gpg-read")
-    return {"age": with_age, "gpg": with_gpg, "files": [path.read_bytes()[:20].decode("latin-1") for path in map(pathlib.Path, (f"{BACKUP}.age", f"{BACKUP}.gpg"))]}
+    return {"age": with_age, "gpg": with_gpg, "files": [path.read_bytes()[:20].decode("latin-1") for path in (next(BACKUP.parent.glob("*.age")), pathlib.Path(f"{BACKUP}.gpg"))]}
 
 
 @drill
@@ -442,7 +442,7 @@ def certificates() -> dict[str, object]:
         config = config.replace(f'# {line.split()[0]} = ""\n', f"{line}\n")
     (ETC / "config.toml").write_text(config)
     run(make.format(2) + "\n"
-        "install -d -m 0750 -g hookshot /etc/hookshot/tls && install -m 0640 -g hookshot fullchain.pem privkey.pem /etc/hookshot/tls/\nsystemctl restart hookshot")
+        "install -d -m 0750 -g hookshot /etc/hookshot/tls\ninstall -m 0640 -g hookshot fullchain.pem privkey.pem /etc/hookshot/tls/\nsystemctl restart hookshot")
     ending = paste("tls-ends")
     run(make.format(9))
     said = paste("tls-renew")
@@ -461,13 +461,18 @@ def doctor() -> dict[str, object]:
 @drill
 def audit() -> dict[str, object]:
     reset()
+    # What has no row yet has no head in the log.
+    until("written", lambda: "started" in run("hookshot audit"))
+    run("systemctl restart hookshot")
     run("runuser -u hookshot -- hookshot lock web --reason stocktaking --for 1h")
     ask("POST", "/deploy", {"service": "web", "image": "web:3.0"}, headers={"X-Request-ID": "1a8dd2cc00000c92"})
     run("runuser -u hookshot -- hookshot unlock web")
     said = until("written", lambda: "SERVICE_LOCKED" in (text := paste("audit-look")) and text)
     verified = run("hookshot audit verify")
     head = verified.split()[-1]
-    seen = {"said": said, "head": paste("audit-head", ("1957d48774b4c5f647c9ca883040994078d05d44f6bd4711902721537dc66aa8", head)),
+    logged = paste("audit-logged")
+    number, of_log = re.search(r"row (\d+) of the audit has the hash (\w+)", logged).groups()  # type: ignore[union-attr]
+    seen = {"logged": [int(number), bash(f"hookshot audit verify --head {of_log}").returncode], "said": said, "head": paste("audit-head", ("1957d48774b4c5f647c9ca883040994078d05d44f6bd4711902721537dc66aa8", head)),
             "other": attempt("audit-head").returncode}
     PASTED.append("audit-by-hand")
     (DATA / "check.py").write_text(SCRIPTS["audit-by-hand"])

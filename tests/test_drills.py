@@ -266,10 +266,11 @@ def test_each_threat_has_tests_that_are_there():
 # --- audit
 
 
-@of("audit", "audit-look", "audit-head", "audit-by-hand")
+@of("audit", "audit-look", "audit-head", "audit-by-hand", "audit-logged")
 def test_the_audit_is_looked_at_checked_and_explained_as_shown(drill):
     assert "SERVICE_LOCKED" in drill["said"] and "fit together" in drill["said"] and re.search(r"web +hmac_key +20", drill["said"])
     assert "fit together" in drill["head"]
+    assert drill["logged"][0] >= 2 and drill["logged"][1] == 0
     assert drill["other"] == 65 and drill["by hand"] == 0
     # An edited row is found by both.
     assert drill["edited"] == [65, 1]
