@@ -167,7 +167,8 @@ def set_up() -> None:
     run("install -m 0755 dist/hookshot.pyz /usr/local/bin/hookshot\n"
         "install -D -m 0644 examples/systemd/sysusers.conf /etc/sysusers.d/hookshot.conf && systemd-sysusers\n"
         "hookshot init /etc/hookshot\n"
-        "sed -i 's/^# rate_limit = 100/rate_limit = 0/; s/^# shutdown_timeout = 300/shutdown_timeout = 0/' /etc/hookshot/config.toml\n"
+        "sed -i 's/^# rate_limit = .*/rate_limit = 0/; s/^# shutdown_timeout = .*/shutdown_timeout = 0/; s/^# status_cache_seconds = .*/status_cache_seconds = 1/' "
+        "/etc/hookshot/config.toml\n"
         f"cat > /etc/hookshot/services.toml <<'END'\n{SERVICES}\nEND\n"
         "install -D -m 0644 examples/systemd/tmpfiles.conf /etc/tmpfiles.d/hookshot.conf && systemd-tmpfiles --create /etc/tmpfiles.d/hookshot.conf\n"
         "chown hookshot: /srv/web\n"
@@ -183,7 +184,7 @@ def set_up() -> None:
 
 def reset() -> None:
     """Make the host as set_up() left it, with the server running."""
-    bash("systemctl stop hookshot; systemctl reset-failed hookshot; umount -q /var/lib/hookshot; rm -f /srv/web/* /root/*.tar.gz; rm -rf /etc/systemd/system/hookshot.service.d")
+    bash("systemctl stop hookshot; systemctl reset-failed hookshot; umount -q /var/lib/hookshot; rm -f /srv/web/* /root/*.tar.gz")
     for folder in (ETC, DATA):
         run(f"rm -rf {folder} {folder}.* && cp -a {SNAPSHOT}/{folder.name} {folder.parent}/")
     run(f"rm -rf /var/backups/hookshot* && cp -p {SNAPSHOT}/{BACKUP.name} {BACKUP} && install -m 0755 dist/hookshot.pyz /usr/local/bin/hookshot\n"
@@ -232,7 +233,8 @@ def encryption() -> dict[str, object]:
     run("mv hookshot-backup.asc /etc/hookshot/backup.asc")
     paste("backup-gpg")
     with_gpg = paste("backup-gpg-read")
-    return {"age": with_age, "gpg": with_gpg, "files": [path.read_bytes()[:20].decode("latin-1") for path in (next(BACKUP.parent.glob("*.age")), pathlib.Path(f"{BACKUP}.gpg"))]}
+    files = (next(BACKUP.parent.glob("*.age")), pathlib.Path(f"{BACKUP}.gpg"))
+    return {"age": with_age, "gpg": with_gpg, "files": [path.read_bytes()[:20].decode("latin-1") for path in files]}
 
 
 @drill
@@ -416,7 +418,8 @@ def leaked_key() -> dict[str, object]:
     looked = paste("leaked-key-look")
     ended = paste("leaked-key-undo", ("20261123-131502-9f3c21ab", ids[0]), ("web:4.1", "web:1.0"))
     HOLD.unlink()
-    return {"taken": taken, "refused": refused, "states": states, "looked": looked, "ended": ended, "images": images(), "current": os.readlink(WEB / "current")}
+    return {"taken": taken, "refused": refused, "states": states, "looked": looked, "ended": ended, "images": images(),
+            "current": os.readlink(WEB / "current")}
 
 
 @drill
@@ -435,7 +438,8 @@ def token_rotation() -> dict[str, object]:
 @drill
 def certificates() -> dict[str, object]:
     reset()
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days {} -subj /CN=localhost -addext subjectAltName=DNS:localhost -keyout privkey.pem -out fullchain.pem 2> /dev/null"
+    make = ("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days {} -subj /CN=localhost "
+            "-addext subjectAltName=DNS:localhost -keyout privkey.pem -out fullchain.pem 2> /dev/null")
     PASTED.append("tls-toml")
     config = (ETC / "config.toml").read_text()
     for line in SCRIPTS["tls-toml"].splitlines()[1:]:
@@ -446,7 +450,8 @@ def certificates() -> dict[str, object]:
     ending = paste("tls-ends")
     run(make.format(9))
     said = paste("tls-renew")
-    return {"before": ending, "said": said, "after": paste("tls-ends"), "doctor": [line for line in bash("hookshot doctor").stdout.splitlines() if line.split()[1:2] == ["tls"]]}
+    lines = bash("hookshot doctor").stdout.splitlines()
+    return {"before": ending, "said": said, "after": paste("tls-ends"), "doctor": [line for line in lines if line.split()[1:2] == ["tls"]]}
 
 
 @drill
@@ -478,7 +483,9 @@ def audit() -> dict[str, object]:
     (DATA / "check.py").write_text(SCRIPTS["audit-by-hand"])
     seen["by hand"] = bash("python3 check.py", DATA).returncode
     run("systemctl stop hookshot && sqlite3 /var/lib/hookshot/state.db \"UPDATE audit SET image='web:9.9' WHERE n=2\"")
-    return {**seen, "edited": [bash("hookshot audit verify").returncode, bash("python3 check.py", DATA).returncode], "explained": bash("systemctl start hookshot; runuser -u hookshot -- hookshot explain 1a8dd2cc00000c92").stdout}
+    edited = [bash("hookshot audit verify").returncode, bash("python3 check.py", DATA).returncode]
+    explained = bash("systemctl start hookshot; runuser -u hookshot -- hookshot explain 1a8dd2cc00000c92").stdout
+    return {**seen, "edited": edited, "explained": explained}
 
 
 def main() -> None:
