@@ -284,7 +284,8 @@ def damaged_database() -> dict[str, object]:
     exported = bash("hookshot export /var/backups/other.tar.gz")
     doctor = bash("hookshot doctor").stdout
     said = paste("drill-database")
-    seen = {"broke": broke, "daily": [daily_status, BACKUP.stat().st_ino == newest, len(list(BACKUP.parent.iterdir()))], "doctor": doctor, "exported": [exported.returncode, exported.stdout], "said": said, "active": is_active(), "images": images(),
+    seen = {"broke": broke, "daily": [daily_status, BACKUP.stat().st_ino == newest, len(list(BACKUP.parent.iterdir()))], "doctor": doctor,
+            "exported": [exported.returncode, exported.stdout], "said": said, "active": is_active(), "images": images(),
             "kept": pathlib.Path("/var/lib/hookshot.damaged/state.db").exists()}
     reset()
     paste("break-database")
@@ -477,7 +478,8 @@ def audit() -> dict[str, object]:
     head = verified.split()[-1]
     logged = paste("audit-logged")
     number, of_log = re.search(r"row (\d+) of the audit has the hash (\w+)", logged).groups()  # type: ignore[union-attr]
-    seen = {"logged": [int(number), bash(f"hookshot audit verify --head {of_log}").returncode], "said": said, "head": paste("audit-head", ("1957d48774b4c5f647c9ca883040994078d05d44f6bd4711902721537dc66aa8", head)),
+    shown = "1957d48774b4c5f647c9ca883040994078d05d44f6bd4711902721537dc66aa8"
+    seen = {"logged": [int(number), bash(f"hookshot audit verify --head {of_log}").returncode], "said": said, "head": paste("audit-head", (shown, head)),
             "other": attempt("audit-head").returncode}
     PASTED.append("audit-by-hand")
     (DATA / "check.py").write_text(SCRIPTS["audit-by-hand"])
