@@ -754,6 +754,12 @@ class Key(NamedTuple):
 
 REQUIRED = object()
 
+# What files of Hookshot 1.0 may say besides: other names of levels, and a table of a service that nothing ever read.
+LEVELS_OF_HOOKSHOT_1 = {"trace": "debug", "warn": "warning"}
+_TABLES_OF_HOOKSHOT_1 = {
+    "github": "is a table that Hookshot 1.0 checked and never used; no webhook of GitHub is answered here either. "
+              "Remove it, and let the workflow send the deploy"}
+
 
 def key(default: Any, check: Check, doc: str) -> Any:
     """Return a Key; typed Any because it stands where the loaded value's default would."""
@@ -793,6 +799,16 @@ def _choice(*allowed: str) -> Check:
         return value
 
     return Check(" or ".join(f'"{word}"' for word in allowed), parse)
+
+
+def _log_level() -> Check:
+    check = _choice("debug", "info", "warning", "error")
+    return check._replace(parse=lambda value, place: check.parse(level_named(value), place))
+
+
+def level_named(value: Any) -> Any:
+    """Return the level that a name of Hookshot 1.0 stands for; any other value as it is."""
+    return LEVELS_OF_HOOKSHOT_1.get(value, value) if isinstance(value, str) else value
 
 
 def _text(pattern: re.Pattern[str] | None = None, kind: str = "text", *, may_be_empty: bool = False) -> Check:
@@ -858,6 +874,9 @@ def _parse_template_value(value: Any, place: Place) -> Template:
 def _parse_regex(value: Any, place: Place) -> re.Pattern[str]:
     if not isinstance(value, str) or not value:
         raise ValueError("is not a regular expression")
+    if re.search(r"\[\[:\^?[a-z]+:\]", value):
+        # Python would read a set of these letters, and the pattern would match nothing that was meant.
+        raise ValueError("has a class such as [[:digit:]], which regular expressions of Python do not know; write [0-9]")
     try:
         pattern = re.compile(value, re.ASCII)
     except (re.error, ValueError, OverflowError, RecursionError) as error:
@@ -1002,7 +1021,7 @@ class Rotation(NamedTuple):
 class Logging(NamedTuple):
     """[logging]"""
 
-    level: str = key("info", _choice("debug", "info", "warning", "error"), "least severe line written")
+    level: str = key("info", _log_level(), "least severe line written (warn is warning, trace is debug)")
     format: str = key("json", _choice("json", "pretty"), "one JSON object a line, or text for people")
     directory: str = key("", _PATH_OR_NONE, "where the log is also kept, as hookshot.log; empty: on stderr only")
     rotation: Rotation = Rotation  # type: ignore[assignment]
@@ -1152,7 +1171,8 @@ class NoticeWebhook(NamedTuple):
     on_rollback: str = key("", _CONFIDENTIAL, "URL that is told of rollbacks")
     on_success: str = key("", _CONFIDENTIAL, "URL that is told of successes")
     timeout: int = key(5, _duration(1, 60), "for one attempt")
-    use_secrets: bool = key(False, _BOOLEAN, "take the URLs from the secrets webhook_on_failure, webhook_on_rollback, webhook_on_success where they are there")
+    use_secrets: bool = key(False, _BOOLEAN, "take the URLs from the secrets webhook_on_failure, webhook_on_rollback, webhook_on_success "
+                            "(or notifications.webhook.on_failure, ...) where they are there")
     format: str = key("auto", _choice("auto", "json", "slack", "discord", "teams"), "auto knows the URLs of Slack, Discord and Teams")
     signing_key: str = key("", _CONFIDENTIAL, "key of the signature of our own JSON; empty: unsigned")
     allow_private: bool = key(False, _BOOLEAN, "whether a name may lead to a private address; an address in the URL always may")
@@ -1327,7 +1347,8 @@ def is_table(default: object) -> bool:
 def _load_table(table: type, raw: Mapping[str, Any], place: Place) -> Any:
     """Return `table` built from `raw`; a key with a problem is None."""
     for name in [name for name in raw if name not in table._fields]:
-        (place / name).problem(f"unknown key{nearest(name, table._fields)}")
+        known = _TABLES_OF_HOOKSHOT_1.get(name) if table is Service else None
+        (place / name).problem(known or f"unknown key{nearest(name, table._fields)}")
     return table(**{name: _load_field(default, raw, name, place / name) for name, default in table._field_defaults.items()})
 
 
@@ -6482,8 +6503,10 @@ def webhook_channels(webhook: NoticeWebhook, secrets_by_name: Mapping[str, bytes
     empty = Channel(**{name: None for name in Channel._fields})
     for name, events in EVENTS_OF_WEBHOOK.items():
         url = getattr(webhook, name)
-        if webhook.use_secrets and f"webhook_{name}" in secrets_by_name:
-            url = f"secret:webhook_{name}"
+        # The second is the name that Hookshot 1.0 looked for.
+        named = [secret for secret in (f"webhook_{name}", f"notifications.webhook.{name}") if secret in secrets_by_name]
+        if webhook.use_secrets and named:
+            url = f"secret:{named[0]}"
         if url:
             yield empty._replace(name=f"webhook.{name}", type="webhook", url=url, events=events, services=(), only_changes=False, token="", password="",
                                  timeout=webhook.timeout, format=webhook.format, signing_key=webhook.signing_key, allow_private=webhook.allow_private)
@@ -14461,9 +14484,9 @@ def _add_global_options(parser: argparse.ArgumentParser, default: Any) -> None:
     parser.add_argument("-c", "--config", metavar="FILE", default=default, help=f"config.toml (default: $HOOKSHOT_CONFIG, ~/.config/hookshot/config.toml, {DEFAULT_CONFIG})")
     parser.add_argument("-s", "--services", dest="services_file", metavar="FILE", default=default,
                         help="services.toml (default: $HOOKSHOT_SERVICES, beside config.toml)")
-    parser.add_argument("--log-level", choices=tuple(LEVELS), default=default, help="least severe line of the log")
-    parser.add_argument("-v", dest="log_level", action="store_const", const="debug", default=default, help="same as --log-level debug")
-    parser.add_argument("-q", dest="log_level", action="store_const", const="warning", default=default, help="same as --log-level warning")
+    parser.add_argument("--log-level", choices=tuple(LEVELS), type=level_named, default=default, help="least severe line of the log")
+    parser.add_argument("-v", "--verbose", dest="log_level", action="store_const", const="debug", default=default, help="same as --log-level debug")
+    parser.add_argument("-q", "--quiet", dest="log_level", action="store_const", const="warning", default=default, help="same as --log-level warning")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -518,6 +518,8 @@ BAD_SERVICE_VALUES = [
     ("deploy.commands", []), ("deploy.commands", [[]]), ("deploy.commands", [""]), ("deploy.commands", [[""]]),
     ("deploy.commands", [[" "]]), ("deploy.commands", [["a", 1]]),
     ("deploy.commands", [["a\0b"]]), ("deploy.commands", [{}]), ("deploy.commands", ["systemctl restart web"]),
+    ("security.allowed_image_pattern", "app:[[:digit:]]+"), ("security.allowed_image_pattern", "[[:^alpha:]_]"),
+    ("security.allowed_image_pattern", r"app:v1\z"),
     ("deploy.commands", [{"run": "true"}]),
     ("deploy.commands", [{"run": ["true"], "name": "a\nb"}]), ("healthcheck.http", "ftp://x/"),
     ("healthcheck.http", "127.0.0.1:80"), ("healthcheck.http", "http://"),
@@ -541,7 +543,7 @@ def test_a_bad_value_in_a_service_is_told_at_its_key(path, value):
 
 
 @pytest.mark.parametrize("path, value, nearest",
-                         [("server.deploy_response", "complete", "completed"), ("logging.level", "warn", "warning"),
+                         [("server.deploy_response", "complete", "completed"), ("logging.level", "warnin", "warning"),
                           ("logging.format", "jsn", "json")])
 def test_a_misspelt_choice_is_answered_with_the_nearest(path, value, nearest):
     assert only(config_problems({path: value}))[1].endswith(f"; did you mean {nearest}?")
@@ -708,7 +710,7 @@ def test_values_as_arguments_are_what_placeholders_are_for(argv):
 # --- unknown keys
 
 LATER_CONFIG_KEYS = ["server.workers", "freeze"]
-LATER_SERVICE_KEYS = ["github", "gitlab", "gitea", "bitbucket", "registry", "oidc", "guard", "current", "poll",
+LATER_SERVICE_KEYS = ["gitlab", "gitea", "bitbucket", "registry", "oidc", "guard", "current", "poll",
                       "healthcheck.bake"]
 
 
@@ -817,25 +819,46 @@ def load_original(services):
     return hookshot.load_services(services, "services.toml", config, problems), problems
 
 
-def test_files_of_the_original_load_but_for_a_placeholder_in_shell_text():
+def test_files_of_the_original_load_but_for_a_placeholder_in_shell_text_and_the_table_of_github():
     _, problems = load_original((ORIGINAL / "services.toml").read_text())
-    path, message = only(problems)
+    (table, why), (path, message) = [(problem.path, problem.message) for problem in problems]
+    assert table == 'service "web-app".github' and "never used" in why and "let the workflow send the deploy" in why
     assert path.startswith('service "worker".deploy.commands[1]') and path.endswith("[2]")
     assert 'write "$HOOKSHOT_IMAGE" instead' in message
 
 
-def test_files_of_the_original_load_once_the_shell_text_is_written_as_advised():
+def test_files_of_the_original_load_once_they_are_written_as_advised():
     text = (ORIGINAL / "services.toml").read_text().replace("--name worker {{IMAGE}}\"",
-            "--name worker \\\"$HOOKSHOT_IMAGE\\\"\"")
+            "--name worker \\\"$HOOKSHOT_IMAGE\\\"\"").replace('[service.github]\nrepo = "example/web-app"\n', "")
     services, problems = load_original(text)
     assert problems == []
     web, worker, site = services.by_name.values()
     assert (web.name, web.deploy.timeout, web.deploy.retries, web.healthcheck.timeout, web.rollback.enabled) == (
         "web-app", 600, 1, 5, True)
     assert (worker.deploy.timeout, worker.healthcheck.initial_delay, worker.rollback.enabled, site.enabled,
-            site.working_dir) == (300, 0, False, False, "/srv")
+            site.working_dir) == (300, 1, False, False, "/srv")
     assert worker.deploy.commands[1].run[2].text.endswith('--name worker "$HOOKSHOT_IMAGE"')
     assert web.security.allowed_image_pattern.fullmatch("ghcr.io/example/web-app:v1.2.3")
+
+
+@pytest.mark.parametrize("written, loaded", [("warn", "warning"), ("trace", "debug")])
+def test_a_level_of_the_original_is_the_one_that_it_means(written, loaded):
+    config, problems = load_config({"logging.level": written})
+    assert (config.logging.level, problems) == (loaded, [])
+    assert hookshot.parse_arguments(["--log-level", written, "run"]).log_level == loaded
+
+
+def test_the_long_options_of_the_original_are_understood():
+    levels = [hookshot.parse_arguments([option, "validate"]).log_level for option in ("--verbose", "--quiet")]
+    assert levels == ["debug", "warning"]
+
+
+@pytest.mark.parametrize("prefix, names", [("webhook_", ["webhook_on_failure"]), ("notifications.webhook.", ["notifications.webhook.on_failure"]),
+                                           ("webhook_", ["notifications.webhook.on_failure", "webhook_on_failure"])])
+def test_urls_of_notices_are_found_under_the_secrets_of_the_original_too(prefix, names):
+    webhook = load_config({"notifications.webhook.use_secrets": True, "notifications.webhook.on_failure": "http://127.0.0.1/file"})[0].notifications.webhook
+    [channel] = hookshot.webhook_channels(webhook, dict.fromkeys(names, b"http://127.0.0.1/secret"))
+    assert channel.url == f"secret:{prefix}on_failure"
 
 
 # --- what a placeholder, a name, a network may be
