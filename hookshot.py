@@ -11044,6 +11044,8 @@ class ArchiveReader:
         except HookshotError as error:
             raise self._wrong(f"has a {_MANIFEST} that cannot be read ({error.sentence.replace('the body ', 'it ')})") from None
         found = manifest if isinstance(manifest, dict) else {}
+        if "format_version" not in found and found.get("version") == "1.0":
+            raise self._wrong("is a backup of Hookshot 1.0, whose database cannot be read; its config.toml, services.toml and secrets can be unpacked with tar")
         if found.get("format_version") != MANIFEST_FORMAT:
             raise self._wrong(f"is of format {_shown(str(found.get('format_version')))}; this hookshot reads format {MANIFEST_FORMAT}")
         for name, kind in (("created_at", str), ("hookshot_version", str), ("schema_version", int), ("files", dict)):
