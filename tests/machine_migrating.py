@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import time
 import urllib.request
 
@@ -127,7 +128,8 @@ def move_back() -> None:
                     os.readlink("/usr/local/bin/hookshot")]
 
 
-set_up()
-move()
-move_back()
+for stage in (set_up, move, move_back):
+    began = time.monotonic()
+    stage()
+    print(f"{stage.__name__}: {time.monotonic() - began:.1f} s", file=sys.stderr)
 print(json.dumps(seen))
