@@ -146,6 +146,19 @@ def test_every_request_of_1_0_has_its_row_and_is_answered(tmp_path):
         assert host.get("/services").json["services"][0].keys() >= {"name", "enabled", "current_image", "last_deploy", "health", "locked", "stats"}
 
 
+def test_refusals_have_the_codes_of_the_table(tmp_path):
+    refused = {"not known": ({"service": "x"}, 404, "SERVICE_NOT_FOUND"), "disabled": ({"service": "off"}, 403, "ACCESS_DENIED"),
+               "image not allowed": ({"image": "evil"}, 400, "VALIDATION_ERROR"), "wrong type": ({"image": 5}, 400, "VALIDATION_ERROR"),
+               "unknown field": ({"extra": 1}, 400, "VALIDATION_ERROR"), "deploy_id": ({"deploy_id": "a b"}, 400, "VALIDATION_ERROR")}
+    with running(tmp_path, service() + service(name="off", head="enabled = false")) as host:
+        for name, (fields, status, code) in refused.items():
+            answer = host.post({"service": "web", "image": "app:1", **fields})
+            assert (answer.status, answer.json["code"]) == (status, code), name
+            assert answer.json.keys() >= {"error", "code", "details", "timestamp"}
+        wrong = host.post({"service": "web", "image": "app:1"}, key=b"another key of some length")
+        assert (wrong.status, wrong.json["code"]) == (401, "AUTHENTICATION_ERROR")
+
+
 def test_a_hook_before_the_deploy_may_fail_where_it_says_so(tmp_path):
     """What 1.0 did with every hook; the page says how to have it back."""
     hooks = '[service.hooks]\npre_deploy = [{ run = ["false"], critical = false }]\n'
