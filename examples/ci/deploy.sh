@@ -23,6 +23,8 @@
 { set +x; } 2>/dev/null
 set -eu
 export LC_ALL=C
+key=${HOOKSHOT_HMAC_KEY:-} token=${HOOKSHOT_READ_TOKEN:-}
+unset HOOKSHOT_HMAC_KEY HOOKSHOT_READ_TOKEN
 
 fail() { # STATUS SENTENCE
     printf 'deploy.sh: %s\n' "$2" >&2
@@ -110,8 +112,6 @@ fi
 
 # --- the signature
 
-key=${HOOKSHOT_HMAC_KEY:-} token=${HOOKSHOT_READ_TOKEN:-}
-unset HOOKSHOT_HMAC_KEY HOOKSHOT_READ_TOKEN
 if [ -n "${HOOKSHOT_KEY_FILE:-}" ]; then
     key=$(cat "$HOOKSHOT_KEY_FILE") || fail 78 "the file in HOOKSHOT_KEY_FILE cannot be read"
 fi
