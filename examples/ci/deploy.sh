@@ -165,7 +165,8 @@ ask() { # SECONDS_TO_WAIT: send the request; sets code, failure and answer
         ${HOOKSHOT_CERT:+--cert "$HOOKSHOT_CERT"} ${HOOKSHOT_CERT_KEY:+--key "$HOOKSHOT_CERT_KEY"} \
         -H 'Content-Type: application/json' -H 'Accept: application/json' -H "webhook-id: $message_id" \
         -H "webhook-timestamp: $now" -H "webhook-signature: v1,$signature" --data-binary @"$folder/body" \
-        --output "$folder/answer" --dump-header "$folder/headers" --write-out '%{http_code}' "$url$path?wait=$1" 2>"$folder/error") || failure=$?
+        --output "$folder/answer" --dump-header "$folder/headers" --write-out '%{http_code}' \
+        "$url$path?wait=$1" 2>"$folder/error") || failure=$?
     answer=$(tr -d '\000-\037\177' <"$folder/answer")
 }
 
@@ -231,9 +232,10 @@ note() { # NAME VALUE
 show_log() { # SECONDS: the log as it comes, until the deployment ends
     {
         status=0
-        if [ -n "$token" ]; then printf 'Authorization: Bearer %s\n' "$token"; fi | curl --silent --show-error --fail --no-buffer --connect-timeout 10 --max-time "$1" ${HOOKSHOT_CA:+--cacert "$HOOKSHOT_CA"} \
-            ${HOOKSHOT_CERT:+--cert "$HOOKSHOT_CERT"} ${HOOKSHOT_CERT_KEY:+--key "$HOOKSHOT_CERT_KEY"} \
-            -H @- "$url/logs/$deploy_id?follow=1" 2>"$folder/error" || status=$?
+        if [ -n "$token" ]; then printf 'Authorization: Bearer %s\n' "$token"; fi |
+            curl --silent --show-error --fail --no-buffer --connect-timeout 10 --max-time "$1" \
+                ${HOOKSHOT_CA:+--cacert "$HOOKSHOT_CA"} ${HOOKSHOT_CERT:+--cert "$HOOKSHOT_CERT"} ${HOOKSHOT_CERT_KEY:+--key "$HOOKSHOT_CERT_KEY"} \
+                -H @- "$url/logs/$deploy_id?follow=1" 2>"$folder/error" || status=$?
         echo "$status" >"$folder/status"
     } | while IFS= read -r line || [ -n "$line" ]; do
         # What commands print may be meant for a terminal.
