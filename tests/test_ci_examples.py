@@ -167,8 +167,8 @@ class Runner:
         self.add("python3", f'exec {shlex.quote(python)} "$@"')
         self.add("hookshot", f'exec {shlex.quote(python)} {shlex.quote(archive)} "$@"')
         for name in ("apk", "docker"):
-            # With its standard input, and no secret in its arguments.
-            self.add(name, f'{{ echo {name} "$@"; [ "$2" = ghcr.io ] || [ "$1" = login ] && cat && echo; }} >>{shlex.quote(str(folder / "calls"))}; :')
+            # A login reads the password, so that it is in no argument.
+            self.add(name, f'{{ echo {name} "$@"; [ "$1" != login ] || {{ cat; echo; }}; }} >>{shlex.quote(str(folder / "calls"))}')
         self.calls = folder / "calls"
 
     def add(self, name: str, text: str) -> None:
