@@ -134,6 +134,11 @@ def test_every_check_of_the_doctor_is_documented():
     assert hookshot.CHECKS.keys() <= first_cells("".join(page.read_text(encoding="utf-8") for page in PAGES))
 
 
+@each_page
+def test_every_block_stands_at_the_margin_where_it_is_seen(page):
+    assert re.findall(r"^[ \t>]+```.*$", page.read_text(encoding="utf-8"), re.MULTILINE) == []
+
+
 # --- links
 
 
