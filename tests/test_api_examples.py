@@ -23,12 +23,13 @@ SERVICES = service('["touch", "ran.{{DEPLOY_ID}}"]', '["test", "{{IMAGE|tag}}", 
 # The first go build of a machine compiles the library as well.
 BUILD_PATIENCE_S = 600
 FILES = {"sh": "deploy.sh", "python": "deploy.py", "node": "deploy.mjs", "go": "deploy.go"}
+BLOCKS = {"client-sh": "sh", "client-python": "python", "client-node": "js", "client-go": "go"}
 
 
 def write_clients(folder: pathlib.Path) -> None:
     """Write the programs of the page under the names that it gives them."""
-    for name, language in {"sh": "sh", "python": "python", "node": "js", "go": "go"}.items():
-        (folder / FILES[name]).write_text(text_of(f"client-{name}", language))
+    for name, language in BLOCKS.items():
+        (folder / FILES[name.removeprefix("client-")]).write_text(text_of(name, language))
 
 
 @pytest.fixture(scope="module", params=list(FILES))
