@@ -383,6 +383,17 @@ def test_a_clock_that_is_behind_is_told_by_doctor(tmp_path):
         assert_quoted("trouble-future", said_by(done, 78))
 
 
+def test_a_key_of_another_service_is_told_apart_by_explain_and_by_the_metric(tmp_path):
+    other = "9f1e2d3c4b5a69788796a5b4c3d2e1f09f1e2d3c4b5a69788796a5b4c3d2e1f0"
+    services = service() + service(name="other").replace("[service.security]", '[service.security]\nhmac_keys = ["other_key"]')
+    with running(tmp_path, services, secrets=f"other_key={other}\n") as host:
+        answer = host.post({"service": "web", "image": "app:1"}, key=other.encode(), headers={"X-Request-ID": "refused-1"})
+        assert answer.json["error"] == "the signature is missing or wrong"
+        wait_until(lambda: "refused  key" in host.cli("explain", "refused-1").stdout)
+        assert b'hookshot_auth_failures_total{reason="other_service"} 1' in host.get("/metrics").body
+        assert {"other_key", "hmac_key"} <= set(said_by(host.cli("services", "--keys"), 0).split())
+
+
 # --- servers that do not start
 
 
