@@ -4623,7 +4623,7 @@ class Store:
         elif on_busy == "reject" and queued + sum(counts.values()) >= limits.max_concurrent_per_service:
             raise HookshotError("busy", f"service {request.service} is busy and does not queue (on_busy = \"reject\")")
         if queued >= limits.max_queue_per_service:
-            raise HookshotError("busy", f"{queued} deployments of service {request.service} wait already (limits.max_queue_per_service)")
+            raise HookshotError("busy", f"the queue of service {request.service} is full, with {queued} waiting (limits.max_queue_per_service)")
         deployment = new_deployment(request, trigger, request.deploy_id or new_deploy_id(at_ms), at_ms)._replace(clock=self._clock())
         cursor = db.execute(
             "INSERT INTO deployments (deploy_id, service, state, image, previous_image, metadata, env, trigger, digest, "
@@ -7441,7 +7441,7 @@ class _Job:
         plan = self._need_plan()
         self._deployment = self._deployment._replace(**_health_progress(plan))
         self._log.note(Phase.HEALTHCHECK, f"up to {policy.max_attempts} probes, every {policy.interval_s} s; "
-                                          f"{policy.success_threshold} good ones in a row are healthy")
+                                          f"needs {policy.success_threshold} good in a row")
         self._sleep(min(policy.initial_delay_s, max(0.0, deadline - time.monotonic())))
         while verdict is None:
             if time.monotonic() >= deadline:
