@@ -87,7 +87,7 @@ def hookshot_commands(shell: str) -> list[list[str]]:
 def run_script(script: str, folder: pathlib.Path) -> "subprocess.CompletedProcess[str]":
     """Run pasted blocks as a shell of an ordinary environment would; `python3` is the Python of this test."""
     bin_folder = folder / "bin"
-    bin_folder.mkdir()
+    bin_folder.mkdir(exist_ok=True)
     (bin_folder / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (bin_folder / "python3").chmod(0o755)
     env = {name: value for name, value in os.environ.items() if not name.startswith("HOOKSHOT_")}
