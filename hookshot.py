@@ -12690,7 +12690,7 @@ def _read_host(config_path: str, services_path: str, environ: Any, seen_by_root:
     reading, defaults = _Reading(config_path), load_config("", config_path, [], default_places(config_path))
     settings = reading.take("files", functools.partial(read_settings, config_path, services_path), Settings(defaults, Services({})))
     config = _mend(settings.config, defaults)
-    server, account, is_made = reading.take("host", lambda problems: look_for_server(config.storage.data_dir, environ), (None, None, False))
+    server, account, awaited = reading.take("host", lambda problems: look_for_server(config.storage.data_dir, environ), (None, None, frozenset[str]()))
     if seen_by_root is None:
         there = {os.fsdecode(name): os.fsdecode(value) for name, value in read_environment(server).items()} if server else {}
         ports = {address.port for address in config.server.listen if address.port} if not server else ()
@@ -12704,8 +12704,7 @@ def _read_host(config_path: str, services_path: str, environ: Any, seen_by_root:
     surroundings = surroundings._replace(credentials=surroundings.credentials or there.get("CREDENTIALS_DIRECTORY"))
     seen = {**environ, "PATH": there.get("PATH") or environ.get("PATH", DEFAULT_PATH)}
     reading.take("host", functools.partial(check_host, Settings(config, services), config_path, services_path, seen), None)
-    if is_made:
-        reading.problems["host"] = [problem for problem in reading.problems["host"] if problem.path != "storage.data_dir"]
+    reading.problems["host"] = [problem for problem in reading.problems["host"] if problem.path not in awaited]
     keyring = reading.take("secrets", functools.partial(load_keyring, config, services, surroundings, config_path), Keyring({}, Masker([])), _SECRETS_PATIENCE_S)
     reading.take("secrets", lambda problems: check_channels(config.notifications, keyring.values, Place(config_path, "notifications", problems)), None)
     reading.take("tls", lambda problems: load_tls(config.server.tls, Place(config_path, "server.tls", problems)), None)
@@ -12721,18 +12720,22 @@ def _mend(table: Any, defaults: Any) -> Any:
     return defaults if table is None else table
 
 
-def look_for_server(data_dir: str, environ: Mapping[str, str]) -> tuple[int | None, Account | None, bool]:
-    """Return the pid of who uses a data directory, whom the server runs as, or would, and whether systemd is still to make the directory."""
+# Directives by which systemd makes a folder when it starts the unit, and the keys that name such folders.
+_FOLDERS_OF_UNIT = {"StateDirectory": "storage.data_dir", "LogsDirectory": "logging.directory"}
+
+
+def look_for_server(data_dir: str, environ: Mapping[str, str]) -> tuple[int | None, Account | None, frozenset[str]]:
+    """Return the pid of who uses a data directory, whom the server runs as, or would, and the keys whose folders systemd is still to make."""
     pid = None
     with contextlib.suppress(OSError):
         holder = FolderLock.holder(data_dir)
         pid = int(holder) if holder and holder.isdecimal() else None
     if account := (owner_of(f"/proc/{pid}") if pid else None) or owner_of(data_dir):
-        return pid, account, False
+        return pid, account, frozenset()
     unit = _ask_systemd(_UNIT, environ) or {}
     with contextlib.suppress(ValueError):  # told by "unit"
         account = find_account(unit.get("User") or None, None)
-    return pid, account, bool(account and unit.get("StateDirectory"))
+    return pid, account, frozenset(key for directive, key in _FOLDERS_OF_UNIT.items() if account and unit.get(directive))
 
 
 def examine(config_path: str, services_path: str, environ: Any) -> Iterator[Finding]:
@@ -13025,7 +13028,7 @@ def _examine_unit(host: Host) -> Iterator[Remark]:
 
 def _ask_systemd(name: str, environ: Mapping[str, str], *options: str) -> dict[str, str] | None:
     """Return what systemd says of a unit, or None where it does not run."""
-    properties = ("LoadState", "Type", "User", "KillMode", "WatchdogUSec", "NeedDaemonReload", "StateDirectory", "ActiveState", "SubState", "UnitFileState",
+    properties = ("LoadState", "Type", "User", "KillMode", "WatchdogUSec", "NeedDaemonReload", *_FOLDERS_OF_UNIT, "ActiveState", "SubState", "UnitFileState",
                   "DynamicUser")
     try:
         done = subprocess.run(["systemctl", "show", name, *options, f"--property={','.join(properties)}"], stdin=subprocess.DEVNULL, capture_output=True,
@@ -13172,10 +13175,10 @@ def run_server(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _become_the_server(config_path: str, services_path: str) -> bool:
-    """Become the server's user if root asks, for whom modes and owners must be right; return whether systemd is still to make the data directory."""
+def _become_the_server(config_path: str, services_path: str) -> frozenset[str]:
+    """Become the server's user if root asks, for whom modes and owners must be right; return the keys whose folders systemd is still to make."""
     data_dir = read_settings(config_path, services_path, []).config.storage.data_dir
-    server, account, is_made = look_for_server(data_dir, os.environ) if data_dir else (None, None, False)
+    server, account, awaited = look_for_server(data_dir, os.environ) if data_dir else (None, None, frozenset[str]())
     if account and become(account):
         _say(f"as {account.name}, the server's user:")
     elif account and account.name != own_user():
@@ -13183,20 +13186,20 @@ def _become_the_server(config_path: str, services_path: str) -> bool:
              f"run this as root or as {account.name}")
     if server and os.access(folder := f"/run/credentials/{read_unit(server)}", os.R_OK | os.X_OK):
         os.environ.setdefault("CREDENTIALS_DIRECTORY", folder)
-    return is_made
+    return awaited
 
 
 def validate(args: argparse.Namespace) -> int:
     """Check both files, secrets, directories and programs; print every problem."""
     config_path, services_path = _paths(args)
-    is_made = _become_the_server(config_path, services_path)
+    awaited = _become_the_server(config_path, services_path)
     problems: list[Problem] = []
     settings = read_settings(config_path, services_path, problems)
     surroundings = SecretSurroundings.take(os.environ, settings.config.secrets.secret_prefix or "HOOKSHOT_")
     # Only what could be read can be looked at further; the host is asked about every service that is right in itself.
     if not has_errors(problems):
         check_host(settings, config_path, services_path, os.environ, problems)
-        problems = [problem for problem in problems if not is_made or problem.path != "storage.data_dir"]
+        problems = [problem for problem in problems if problem.path not in awaited]
         if surroundings.credentials and not os.path.isdir(surroundings.credentials):
             # As systemd 252 has it for ExecReload=. The server itself looks at them before it takes anything.
             Place(config_path, "secrets", problems).warning(f"are not looked at: systemd keeps {surroundings.credentials} for the server alone")

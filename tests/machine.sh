@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MPL-2.0
-# machine.sh PROGRAM SCRIPT: boots systemd in a machine of its own, over a throw-away copy of this host's files, and runs
+# machine.sh PROGRAM SCRIPT [FILE]: boots systemd in a machine of its own, over a throw-away copy of this host's files, and runs
 # SCRIPT there with Debian's python3. PROGRAM (hookshot.py) is at /usr/local/bin/hookshot.py, and examples/systemd/ at
-# /usr/local/share/hookshot/. Ends with SCRIPT's status; 77: no machine can be had here, and stderr says why.
+# /usr/local/share/hookshot/; what a clone has is in /root/hookshot/, and FILE is /usr/local/lib/file.
+# Ends with SCRIPT's status; 77: no machine can be had here, and stderr says why.
 # Whatever happens, nothing is left behind.
 set -euo pipefail
-program=$1 script=$2
+program=$1 script=$2 file=${3:-/dev/null}
 folder=$(mktemp -d) nspawn='' leader=''
 
 unavailable() { echo "$*" >&2; exit 77; }
@@ -47,6 +48,9 @@ ln -s /dev/null "$root/etc/systemd/system/systemd-firstboot.service"
 install -D "$program" "$root/usr/local/bin/hookshot.py"
 install -D -m 0644 -t "$root/usr/local/share/hookshot" "$(dirname "$0")"/../examples/systemd/*
 install -D "$script" "$root/usr/local/lib/script.py"
+install -m 0644 "$file" "$root/usr/local/lib/file"
+mkdir "$root/root/hookshot"
+cp -r "$program" "$(dirname "$0")"/../{build_zipapp.py,examples} "$root/root/hookshot"
 
 nspawn_options=(--quiet --directory="$root" --register=no --keep-unit --private-network --console=pipe)
 systemd-nspawn "${nspawn_options[@]}" /bin/true >"$folder/probe" 2>&1 </dev/null 9>&- ||

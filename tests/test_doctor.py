@@ -402,11 +402,12 @@ def test_another_user_is_told_what_he_cannot_see_and_nothing_that_is_not_so(tmp_
 
 @needs_root
 def test_before_the_first_start_the_unit_says_whose_the_server_will_be(tmp_path):
-    """And systemd makes the data directory, which that user could not."""
+    """And systemd makes the data directory and that of the log, which that user could not."""
     python = python_of_others()
-    fake_systemctl(tmp_path, "LoadState=loaded\nType=notify\nKillMode=mixed\nUser=nobody\nStateDirectory=hookshot")
+    fake_systemctl(tmp_path, "LoadState=loaded\nType=notify\nKillMode=mixed\nUser=nobody\nStateDirectory=hookshot\nLogsDirectory=hookshot")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        host = Host(tmp_path / "host", service(), f'[server]\nlisten = "127.0.0.1:{taken.getsockname()[1]}"\n')
+        config = f'[server]\nlisten = "127.0.0.1:{taken.getsockname()[1]}"\n[logging]\ndirectory = "{tmp_path}/host/log"\n'
+        host = Host(tmp_path / "host", service(), config)
         for path in (host.folder, *host.folder.iterdir()):
             os.chown(path, 65534, -1)
         host.folder.chmod(0o555)
