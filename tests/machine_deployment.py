@@ -148,15 +148,35 @@ def serve_tls() -> None:
     run("systemctl stop caddy.service; systemctl start nginx.service")
 
 
-def is_open(source: str) -> bool:
-    return run(f"curl -s -k --connect-timeout 2 --interface {source} https://deploy.example.com/ready", may_fail=True)[0] == 0
+def make_outside() -> None:
+    """A network beyond this host, with a caller's address and a stranger's."""
+    run("""
+        ip netns add outside
+        ip link add outside type veth peer name host netns outside
+        ip link set outside up
+        ip route add 192.0.2.20 dev outside
+        ip route add 203.0.113.20 dev outside
+        ip -n outside link set host up
+        ip -n outside address add 192.0.2.20/32 dev host
+        ip -n outside address add 203.0.113.20/32 dev host
+        ip -n outside route add 192.0.2.10 dev host
+    """)
+
+
+def who_comes_through() -> list[bool]:
+    """Whether a caller and a stranger reach the proxy's port."""
+    return [run(f"ip netns exec outside curl -s -k --connect-timeout 3 --interface {address} https://192.0.2.10/ready", may_fail=True)[0] == 0
+            for address in ("192.0.2.20", "203.0.113.20")]
 
 
 def close_ports() -> None:
+    make_outside()
+    open_before = who_comes_through()
     paste("production-nftables")
-    seen["nftables"] = run("nft list ruleset")[1].count("dport")
+    by_nftables = who_comes_through()
     run("systemctl stop nftables.service")
-    seen["ufw"] = [line.split()[:2] for line in paste("production-ufw").splitlines() if "ALLOW" in line]
+    paste("production-ufw")
+    seen["firewall"] = [open_before, by_nftables, who_comes_through()]
     run("ufw --force disable")
 
 
@@ -179,11 +199,12 @@ def upgrade() -> None:
 
 
 def look() -> None:
-    text = paste("production-doctor")
-    print(text, file=sys.stderr)
-    seen["doctor"] = [line.split()[:2] for line in text.splitlines()]
-    seen["checklist"] = run("systemctl is-enabled hookshot.socket hookshot.service web.service; hookshot services --keys > /dev/null;"
-                            "hookshot import --dry-run /var/backups/hookshot-2.0.0.tar.gz > /dev/null 2>&1; hookshot lock web > /dev/null;"
+    services = pathlib.Path("/etc/hookshot/services.toml")
+    services.write_text(services.read_text().removesuffix(SLOW))
+    run("hookshot reload")
+    seen["doctor"] = paste("production-doctor").splitlines()
+    seen["checklist"] = run("systemctl is-enabled hookshot.socket hookshot.service web.service; runuser -u hookshot -- hookshot services --keys > /dev/null;"
+                            "hookshot import --dry-run /var/backups/hookshot-2.0.0.tar.gz > /dev/null 2>&1; runuser -u hookshot -- hookshot lock web > /dev/null;"
                             "ss -ltnH | awk '$4 ~ /:8080$/ {print $4}'")[1].split()
 
 

@@ -3,17 +3,19 @@
 
 import json
 import pathlib
+import re
 import subprocess
 
 import pytest
 
-from pages import script_of, text_of
+from pages import read_blocks, script_of, text_of
 from support import PATIENCE_S, PROGRAM, ROOT, need
 
 PRODUCTION = ("production-install", "production-user", "production-application", "production-config", "production-secrets", "production-polkit",
               "production-sudo", "production-unit", "production-security", "production-first", "production-nginx", "production-caddy", "production-caller",
               "production-nftables", "production-ufw", "production-prometheus", "production-logs", "production-upgrade", "production-back",
               "production-restore", "production-doctor")
+PAGES = ("systemd-unit", "systemd-socket", "systemd-credentials", "systemd-encrypted", "systemd-user", "operations-reload", "operations-key")
 SCRAPE = "production-scrape"
 
 
@@ -30,8 +32,40 @@ def in_a_machine(folder: pathlib.Path, script: str, blocks: dict[str, str]) -> d
     return json.loads(done.stdout)
 
 
+def without_figures(lines: list[str]) -> list[str]:
+    """Return what doctor says, but for what is another on each host: figures, file systems, and whether memory may be locked."""
+    kept = [re.sub(r"[0-9][0-9.:TZ-]*( [KMG]?B)?|\((overlay|ext4)\)", "N", line) for line in lines if line]
+    return [line.partition("its user")[0] for line in kept]
+
+
 def test_a_production_host_is_made_by_paste(tmp_path):
-    for program in ("systemd-nspawn", "nginx", "caddy", "nft", "ufw", "sudo", "promtool", "curl", "openssl"):
+    for program in ("systemd-nspawn", "nginx", "caddy", "nft", "ufw", "sudo", "promtool", "curl", "openssl", "ip", "pkaction"):
         need(program)
     seen = in_a_machine(tmp_path, "machine_deployment.py", {name: script_of(name) for name in PRODUCTION} | {SCRAPE: text_of(SCRAPE, "yaml")})
+    [shown] = [block.text.splitlines() for block in read_blocks("") if block.page.name == "deployment.md" and block.text.startswith("ok   python")]
+    assert without_figures(seen.pop("doctor")) == without_figures(shown)
+    through_a_proxy = [["web web:1.1: Succeeded"], True, True, "192.0.2.10", 403]
+    assert seen == {
+        "modes": ["/etc/hookshot/config.toml root 644", "/etc/hookshot/services.toml root 644", "/etc/hookshot/secrets hookshot 600", "/srv/web hookshot 755"],
+        "unit": ["as hookshot, the server's user:", "/etc/hookshot/config.toml and /etc/hookshot/services.toml are valid; services: web"],
+        "runs as": "hookshot", "exposure": "1.4", "first": ["web web:1.0: Succeeded"], "answers": "web 1.0\n",
+        "folders": ["/var/lib/hookshot hookshot 700", "/var/log/hookshot hookshot 755", "/var/log/hookshot/hookshot.log hookshot 640"],
+        "bad release": [11, "web web:1.2: RolledBack", "web 1.0\n"], "polkit": [True, False, False],
+        "visudo": "hookshot.sudoers: parsed OK", "sudo": [True, False], "nginx": through_a_proxy, "caddy": through_a_proxy,
+        # A caller and a stranger: without a firewall, with nftables, with ufw.
+        "firewall": [[True, True], [True, False], [True, False]],
+        "promtool": True, "metrics": True, "logs": True, "upgraded": [], "newer": "/usr/local/lib/hookshot/2.1.0.pyz",
+        "older": ["/usr/local/lib/hookshot/2.0.0.pyz", "active"], "restored": ["active", "active"],
+        "checklist": ["enabled", "enabled", "enabled", "127.0.0.1:8080"]}
+
+
+def test_the_pages_of_systemd_and_of_operation_work_by_paste(tmp_path):
+    need("systemd-nspawn")
+    blocks = {name: script_of(name) for name in PAGES} | {"systemd-override": text_of("systemd-override", "ini"),
+                                                         "systemd-encrypted.ini": text_of("systemd-encrypted", "ini")}
+    seen = in_a_machine(tmp_path, "machine_pages.py", blocks)
     assert seen == {}
+
+
+def test_both_pages_have_the_same_rule_of_polkit():
+    assert text_of("systemd-polkit", "js") in script_of("production-polkit")
