@@ -50,10 +50,10 @@ def install() -> None:
 
 def operate() -> None:
     change('# max_output = "10MB"', 'max_output = "20MB"')
-    seen["reload"] = paste("operations-reload").splitlines()[-1]
+    seen["reload"] = paste("operations-reload").splitlines()
     paste("operations-key")
     change('# hmac_keys = ["hmac_key"]', 'hmac_keys = ["hmac_key", "hmac_key_2"]')
-    seen["key"] = paste("operations-reload").splitlines()[-2:]
+    seen["key"] = paste("operations-reload").splitlines()
     run("sed -n 's/^hmac_key_2=//p' /etc/hookshot/secrets > new_key")
     seen["deployed by the new key"] = deploy("env HOOKSHOT_HMAC_KEY=$(cat new_key)")
     seen["keys"] = "hmac_key_2" in run("runuser -u hookshot -- hookshot services --keys")
@@ -92,7 +92,7 @@ def be_a_users_own() -> None:
         if time.monotonic() > deadline:
             raise SystemExit("there is no manager of the user's own")
         time.sleep(0.05)
-    as_user = ("runuser", "-u", "dep", "--", "env", "HOME=/home/dep", f"XDG_RUNTIME_DIR=/run/user/{uid}")
+    as_user = ("runuser", "-u", "dep", "--", "env", "HOME=/home/dep", "USER=dep", f"XDG_RUNTIME_DIR=/run/user/{uid}")
     run(BLOCKS["systemd-user"], *as_user, folder="/home/dep")
     seen["user"] = re.findall(r"example/app:1.0: (\w+)", run("hookshot deploy example example/app:1.0", *as_user, folder="/home/dep"))
 

@@ -10,6 +10,7 @@ import pytest
 
 from pages import read_blocks, script_of, text_of
 from support import PATIENCE_S, PROGRAM, ROOT, need
+from test_quickstart import read_yaml
 
 PRODUCTION = ("production-install", "production-user", "production-application", "production-config", "production-secrets", "production-polkit",
               "production-sudo", "production-unit", "production-security", "production-first", "production-nginx", "production-caddy", "production-caller",
@@ -64,7 +65,17 @@ def test_the_pages_of_systemd_and_of_operation_work_by_paste(tmp_path):
     blocks = {name: script_of(name) for name in PAGES} | {"systemd-override": text_of("systemd-override", "ini"),
                                                          "systemd-encrypted.ini": text_of("systemd-encrypted", "ini")}
     seen = in_a_machine(tmp_path, "machine_pages.py", blocks)
-    assert seen == {}
+    for name in ("reload", "key"):
+        told = seen[name]
+        seen[name] = told[told.index("reloaded") + 1 :]
+    assert seen == {
+        "deployed": "Succeeded", "reload": ["limits.max_output: 10MB -> 20MB"], "key": ["security.hmac_keys: [hmac_key] -> [hmac_key, hmac_key_2]", "secret hmac_key_2: added"], "deployed by the new key": "Succeeded", "keys": True,
+        "override": "no\n", "socket": [True, "Succeeded"], "credentials": "Succeeded", "encrypted": "Succeeded", "user": ["Succeeded"]}
+
+
+@pytest.mark.parametrize("block", [block for block in read_blocks("yaml") if block.page.name == "deployment.md"], ids=str)
+def test_a_block_of_yaml_is_a_table(block):
+    assert read_yaml(block.text)
 
 
 def test_both_pages_have_the_same_rule_of_polkit():
