@@ -32,9 +32,9 @@ trap clean_up EXIT
 trap 'exit 143' TERM INT HUP
 
 ((EUID == 0)) || unavailable "needs root"
-# One at a time: two machines would find themselves in the same control groups.
+# One at a time: two machines would find themselves in the same control groups. Suites that run side by side wait for each other.
 exec 9>/run/lock/hookshot-test-machine.lock
-flock --timeout 300 9
+flock --timeout 1000 9 || { echo "another machine has run for 1000 s" >&2; exit 1; }
 mount -t tmpfs -o size=512m tmpfs "$folder" 2>/dev/null || unavailable "no tmpfs may be mounted here"
 mkdir "$folder"/{upper,work,root}
 root=$folder/root

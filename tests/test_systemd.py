@@ -548,7 +548,7 @@ def test_an_operators_way_with_systemd(tmp_path):
     """tests/machine_systemd.py says what is done: units installed, started, reloaded, watched, stopped, restarted under a socket."""
     need("systemd-nspawn")
     # By SIGTERM, at which the machine is taken away again.
-    command = ["timeout", str(15 * PATIENCE_S), str(ROOT / "tests/machine.sh"), str(PROGRAM), str(ROOT / "tests/machine_systemd.py")]
+    command = ["timeout", str(40 * PATIENCE_S), str(ROOT / "tests/machine.sh"), str(PROGRAM), str(ROOT / "tests/machine_systemd.py")]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip(f"no machine can be had here: {done.stderr.strip()}")
