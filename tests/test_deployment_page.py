@@ -70,7 +70,7 @@ def test_a_production_host_is_made_by_paste(tmp_path):
         # A caller and a stranger: without a firewall, with nftables, with ufw.
         "firewall": [[True, True], [True, False], [True, False]],
         "promtool": True, "metrics": True, "logs": True, "upgraded": [], "newer": "/usr/local/lib/hookshot/2.1.0.pyz",
-        "older": ["/usr/local/lib/hookshot/2.0.0.pyz", "active"], "restored": ["active", "active"],
+        "older": ["/usr/local/lib/hookshot/2.0.0.pyz", "active"], "restored": ["active", "active", "web web:1.0: Succeeded"],
         "checklist": ["enabled", "enabled", "enabled", "127.0.0.1:8080"]}
 
 
