@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: MPL-2.0
+# What hookshot may do in Nomad: submit and read jobs of one namespace. Nomad has no right for a single job, so give the
+# jobs that hookshot deploys a namespace of their own and put its name here.
+namespace "default" {
+  capabilities = ["submit-job", "read-job"]
+}
