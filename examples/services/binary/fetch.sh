@@ -20,7 +20,8 @@ fi
 # Beside its place, so that the name appears with the whole content or not at all.
 new=$(mktemp "$file.XXXXXX")
 trap 'rm -f "$new"' EXIT
-curl --fail --silent --show-error --location --proto =https,http --proto-redir =https --max-time 90 --output "$new" "$url"
+curl --fail --silent --show-error --location --proto =https,http --proto-redir =https --max-time 90 \
+    --output "$new" "$url"
 if ! is_right "$new"; then
     echo "$url: its checksum is $(sha256sum "$new" | cut -d ' ' -f 1), not $checksum" >&2
     exit 1

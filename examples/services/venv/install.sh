@@ -13,5 +13,6 @@ if [ -e "$folder/complete" ]; then
 fi
 python3 -m venv --clear "$folder"
 # No index: nothing is installed that was not uploaded.
-"$folder/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --quiet --no-index --find-links wheels "$package==$version"
+"$folder/bin/python" -m pip install --disable-pip-version-check --no-cache-dir --quiet \
+    --no-index --find-links wheels "$package==$version"
 touch "$folder/complete"
