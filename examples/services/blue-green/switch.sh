@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: MPL-2.0
-# switch.sh start VERSION: start a release in the idle instance and wait until it answers.
-# switch.sh to VERSION:    send requests to the instance that has this release; no change if they go there already.
+# switch.sh start VERSION    start a release in the idle instance and wait until it answers
+# switch.sh to VERSION URL   send requests to the instance that has this release, and wait until those to URL go there;
+#                            no change if they go there already
 #
 # blue and green are links to the release that each instance runs, live.conf is a link to the nginx upstream of the
 # instance in use. The current folder is that of the service.
@@ -43,7 +44,18 @@ to)
     fi
     # Also where nothing was linked: an attempt before this one may have ended between link and reload.
     systemctl reload nginx.service
-    echo "requests go to $(basename "$(readlink live.conf)" .conf)"
+    live=$(basename "$(readlink live.conf)" .conf)
+    # For a moment after a reload the workers of before still answer, and with files that are wrong they go on for good.
+    tries=0
+    until curl --silent --max-time 5 --dump-header - --output /dev/null "$3" | grep -qi "^x-instance: $live"; do
+        tries=$((tries + 1))
+        if [ "$tries" = 20 ]; then
+            echo "nginx does not send requests to $live" >&2
+            exit 1
+        fi
+        sleep 1
+    done
+    echo "requests go to $live"
     ;;
 *)
     echo "unknown action: $action" >&2

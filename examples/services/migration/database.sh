@@ -37,7 +37,10 @@ migrate() {
         applied=$(version_of "$1")
         [ "$number" -gt "$applied" ] || continue
         echo "applying $(basename "$file")"
-        { echo 'BEGIN IMMEDIATE;'; cat "$file"; echo ";PRAGMA user_version = $number; COMMIT;"; } | sqlite3 -bail "$1"
+        # A line of its own ends the last one of the file, which may be a comment.
+        { echo 'BEGIN IMMEDIATE;'; cat "$file"; printf '\n;PRAGMA user_version = %s;\nCOMMIT;\n' "$number"; } | sqlite3 -bail "$1"
+        applied=$(version_of "$1")
+        [ "$applied" = "$number" ] || { echo "$file was not applied" >&2; return 1; }
     done
 }
 
