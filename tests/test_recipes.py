@@ -6,6 +6,7 @@ Web servers, databases, virtual environments, downloads and Ansible are real. Co
 stand-ins: they write down how they were called and keep the little state that a rollback shows in.
 """
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -16,9 +17,9 @@ import re
 import shutil
 import signal
 import sqlite3
+import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import tomllib
 import zipfile
@@ -28,8 +29,8 @@ from typing import Any
 import pytest
 
 import hookshot
-from pages import PAGES, run_script, script_of
-from support import PATIENCE_S, ROOT, Host, free_port, need, program, wait_until
+from pages import run_script, script_of
+from support import PATIENCE_S, ROOT, Certificates, Host, free_port, make_certificates, need, program, wait_until
 
 EXAMPLES = ROOT / "examples"
 FILES = sorted(EXAMPLES.glob("*/*/services.toml"))
@@ -164,16 +165,21 @@ def test_a_quadlet_has_only_keys_that_there_are(name):
 YAML = sorted(file for pattern in ("*.yml", "*.yaml") for folder in ("services", "engines") for file in (EXAMPLES / folder).rglob(pattern))
 
 
-@pytest.fixture
-def yaml():
-    return pytest.importorskip("yaml", reason="missing: python3-yaml")
+def read_yaml(text: str) -> list[Any]:
+    """Return the documents of a text, read by the Python of the system, which has python3-yaml; the one of this test may not."""
+    source = "import json, sys, yaml; print(json.dumps(list(yaml.safe_load_all(sys.stdin))))"
+    done = subprocess.run(["/usr/bin/python3", "-c", source], input=text, capture_output=True, text=True, timeout=PATIENCE_S)
+    if "No module named 'yaml'" in done.stderr:
+        pytest.skip("missing: python3-yaml")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("file", YAML, ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_yaml_is_yaml_and_begins_with_the_license(yaml, file):
+def test_yaml_is_yaml_and_begins_with_the_license(file):
     text = file.read_text(encoding="utf-8")
     assert text.startswith("# SPDX-License-Identifier: MPL-2.0\n")
-    assert [document for document in yaml.safe_load_all(text) if not document] == []
+    assert all(read_yaml(text))
 
 
 def test_the_job_of_nomad_closes_what_it_opens():
@@ -241,7 +247,7 @@ class Stage:
     def __init__(self, folder: pathlib.Path, replaced: Mapping[str, str], stand_ins: Mapping[str, str]):
         self.folder, self.replaced, self.state, self.bin = folder, dict(replaced), folder / "state", folder / "stand-ins"
         for path in (self.state, self.bin, folder / "etc/nginx/conf.d", folder / "etc/systemd/system"):
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
         self.host = Host(folder / "etc/hookshot", "")
         for file in (file for kind in ("services", "engines") for file in (EXAMPLES / kind).rglob("*") if file.is_file()):
             copy = folder / file.relative_to(ROOT)
@@ -332,18 +338,51 @@ def stage_of(folder: pathlib.Path, replaced: Mapping[str, str], stand_ins: Mappi
 def serving(answer: Callable[[str], tuple[int, bytes]]) -> Iterator[int]:
     """Give the port of a web server that answers a path with a status and a body."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_GET(self) -> None:
-            status, body = answer(self.path)
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.give(*answer(self.path))
 
-        def log_message(self, *args: object) -> None:
-            pass
+    with listening(Handler) as port:
+        yield port
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+
+@contextlib.contextmanager
+def serving_api(cluster: "Cluster", certificates: Certificates) -> Iterator[int]:
+    """Give the port of a cluster's API server. It speaks TLS: kubectl sends no token without."""
+
+    class Handler(Quiet):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, document = cluster.answer(self.command, self.path, self.headers.get("Authorization", "").removeprefix("Bearer "), body)
+            self.give(status, json.dumps(document).encode(), "application/json")
+
+        do_PATCH = do_GET
+
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificates.server, certificates.server_key)
+    with listening(Handler, tls) as port:
+        yield port
+
+
+class Quiet(http.server.BaseHTTPRequestHandler):
+    """Answers without a line on stderr."""
+
+    def give(self, status: int, body: bytes, kind: str = "text/html") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def listening(handler: type[Quiet], tls: ssl.SSLContext | None = None) -> Iterator[int]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
@@ -492,7 +531,6 @@ def test_a_python_application_gets_an_environment_for_each_version(tmp_path):
         write_wheel(wheels, "1.4.0", module_text("one"))
         write_wheel(wheels, "1.5.0", module_text("ill", health=500))
         write_wheel(wheels, "1.6.0", module_text("needs"), requires="Requires-Dist: not-uploaded\n")
-        write_wheel(wheels, "1.7.0", "import not_there\n")
 
         assert "Succeeded" in stage.paste("recipe-venv-deploy")
         assert get(port) == "one"
@@ -503,7 +541,10 @@ def test_a_python_application_gets_an_environment_for_each_version(tmp_path):
         assert stage.link("srv/app/current") == "venvs/1.4.0" and get(port) == "one"
         assert stage.calls() == ["systemctl restart app.service"] * 2
 
-        # A wheel that is missing, and one that cannot be imported: seen before the switch.
+        # A wheel that is missing, and an environment whose program cannot be imported: seen before the switch.
+        shutil.copytree(tmp_path / "srv/app/venvs/1.4.0", tmp_path / "srv/app/venvs/1.7.0", symlinks=True)
+        [module] = (tmp_path / "srv/app/venvs/1.7.0").glob("lib/*/site-packages/app.py")
+        module.write_text("import not_there\n")
         for version, why in {"1.6.0": "not-uploaded", "1.7.0": "not_there"}.items():
             status, said = stage.deploy("app", f"app:{version}")
             assert status == ROLLED_BACK and why in said, said
@@ -741,8 +782,8 @@ def test_a_compose_project_is_brought_up_with_what_env_names(tmp_path):
             assert (tmp_path / "srv/shop/.env").read_text() == f"WEB_IMAGE={image}1.4.0\n" and stage.known("live") == f"{image}1.4.0"
 
 
-def test_a_compose_file_takes_its_image_from_env_alone(yaml):
-    document = yaml.safe_load((EXAMPLES / "services/compose/compose.yaml").read_text(encoding="utf-8"))
+def test_a_compose_file_takes_its_image_from_env_alone():
+    [document] = read_yaml((EXAMPLES / "services/compose/compose.yaml").read_text(encoding="utf-8"))
     assert document["services"]["web"]["image"].startswith("${WEB_IMAGE:?")
     assert all("healthcheck" in service for service in document["services"].values())
     assert set(document["services"]["db"]["secrets"]) == document["secrets"].keys()
@@ -765,36 +806,106 @@ def test_a_service_of_the_swarm_is_updated_and_looked_at(tmp_path):
             assert stage.known("live") == f"{image}1.4.0@sha256:0123"
 
 
-KUBECTL = '''
-case "$*" in
-    "config view"*cluster.server*) printf https://127.0.0.1:6443 ;;
-    "config view"*certificate-authority-data*) printf Q0E= ;;
-    *"get secret"*) printf tok3n ;;
-    *"set image deployment/web web="*) echo "${6#web=}" >live ;;
-    *"rollout status"*) ! grep -q v3.0.0 live || { echo "error: deployment exceeded its progress deadline" >&2; exit 1; } ;;
-esac
-'''
+class Cluster:
+    """An API server of Kubernetes with one Deployment, for a real kubectl: what a token may do is what rbac.yaml says."""
+
+    ADMIN, TOKEN = "admin-t0ken", "s3rvice-account-t0ken"
+    BASE = "/apis/apps/v1/namespaces/web/deployments"
+
+    def __init__(self, state: pathlib.Path):
+        self.state, self.requests = state, []
+        folder = EXAMPLES / "engines/kubernetes"
+        documents = [document for name in ("deployment.yaml", "rbac.yaml") for document in read_yaml((folder / name).read_text(encoding="utf-8"))]
+        self.deployment = next(document for document in documents if document["kind"] == "Deployment")
+        [self.rule] = next(document for document in documents if document["kind"] == "Role")["rules"]
+        self.deployment["metadata"] |= {"generation": 0, "resourceVersion": "1", "uid": "1"}
+        self.roll()
+
+    def roll(self) -> None:
+        """Have the rollout of what is set end at once."""
+        self.deployment["metadata"]["generation"] += 1
+        image = self.deployment["spec"]["template"]["spec"]["containers"][0]["image"]
+        stuck = UNROLLABLE in image
+        self.deployment["status"] = {
+            "observedGeneration": self.deployment["metadata"]["generation"], "replicas": 2, "updatedReplicas": 2 - stuck, "availableReplicas": 2,
+            "readyReplicas": 2, "conditions": [{"type": "Progressing", "status": str(not stuck),
+                                               "reason": "ProgressDeadlineExceeded" if stuck else "NewReplicaSetAvailable"}]}
+        if not stuck:
+            (self.state / "live").write_text(image)
+
+    def answer(self, method: str, url: str, token: str, body: bytes) -> tuple[int, Any]:
+        path, _, query = url.partition("?")
+        discovery = {
+            "/api": {"kind": "APIVersions", "versions": ["v1"]},
+            "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": [{
+                "name": "apps", "versions": [{"groupVersion": "apps/v1", "version": "v1"}], "preferredVersion": {"groupVersion": "apps/v1", "version": "v1"}}]},
+            "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": [
+                {"name": "secrets", "singularName": "", "namespaced": True, "kind": "Secret", "verbs": ["get"]}]},
+            "/apis/apps/v1": {"kind": "APIResourceList", "groupVersion": "apps/v1", "resources": [
+                {"name": "deployments", "singularName": "", "namespaced": True, "kind": "Deployment", "verbs": ["get", "list", "patch", "watch"]}]}}
+        if method == "GET" and path in discovery:
+            return 200, discovery[path]
+        if path == "/api/v1/namespaces/web/secrets/hookshot-token" and token == self.ADMIN:
+            return 200, {"kind": "Secret", "apiVersion": "v1", "metadata": {"name": "hookshot-token", "namespace": "web"},
+                         "data": {"token": base64.b64encode(self.TOKEN.encode()).decode()}}
+        selected = path == f"{self.BASE}/web" or "fieldSelector=metadata.name%3Dweb" in query
+        verb = "patch" if method == "PATCH" else "watch" if "watch=true" in query else "list" if path == self.BASE else "get"
+        self.requests.append(f"{verb} {path}")
+        allowed = token == self.TOKEN and selected and verb in self.rule["verbs"] and path.startswith(self.BASE) and self.rule["resourceNames"] == ["web"]
+        if not allowed:
+            return 403, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Forbidden", "code": 403, "message": f"{verb} {url} is forbidden"}
+        if verb == "patch":
+            [container] = json.loads(body)["spec"]["template"]["spec"]["containers"]
+            assert container["name"] == "web"
+            self.deployment["spec"]["template"]["spec"]["containers"][0]["image"] = container["image"]
+            self.roll()
+        if verb == "list":
+            return 200, {"kind": "DeploymentList", "apiVersion": "apps/v1", "metadata": {"resourceVersion": "1"}, "items": [self.deployment]}
+        return 200, {"type": "MODIFIED", "object": self.deployment} if verb == "watch" else self.deployment
 
 
-def test_a_deployment_of_kubernetes_gets_an_image_and_the_one_before(tmp_path, yaml):
-    with container_stage(tmp_path, "https://web.example.org", {"kubectl": KUBECTL}) as stage:
-        stage.paste("recipe-kubernetes")
-        file = tmp_path / "etc/hookshot/kubeconfig"
-        assert file.stat().st_mode & 0o777 == 0o600
-        access = yaml.safe_load(file.read_text())
-        assert access["users"] == [{"name": "hookshot", "user": {"token": "tok3n"}}]
-        assert access["clusters"][0]["cluster"] == {"server": "https://127.0.0.1:6443", "certificate-authority-data": "Q0E="}
-        stage.calls()
+def test_a_deployment_of_kubernetes_gets_an_image_and_the_one_before(tmp_path, monkeypatch):
+    """kubectl is real, and has no right but those of rbac.yaml."""
+    need("kubectl")
+    (tmp_path / "state").mkdir()
+    cluster = Cluster(tmp_path / "state")
+    certificates = make_certificates(tmp_path)
+    authority = base64.b64encode(certificates.ca.read_bytes()).decode()
+    with serving_api(cluster, certificates) as api:
+        admin = tmp_path / "admin"
+        admin.write_text(json.dumps({
+            "apiVersion": "v1", "kind": "Config", "current-context": "a", "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
+            "clusters": [{"name": "a", "cluster": {"server": f"https://127.0.0.1:{api}", "certificate-authority-data": authority}}], "users": [{"name": "a", "user": {"token": cluster.ADMIN}}]}))
+        monkeypatch.setenv("KUBECONFIG", str(admin))
+        monkeypatch.setenv("HOME", str(tmp_path))   # kubectl keeps what it has discovered there.
+        with container_stage(tmp_path, "https://web.example.org", {}) as stage:
+            assert "deployment" in stage.paste("recipe-kubernetes")
+            file = tmp_path / "etc/hookshot/kubeconfig"
+            assert file.stat().st_mode & 0o777 == 0o600 and cluster.TOKEN in file.read_text() and cluster.ADMIN not in file.read_text()
 
-        assert "Succeeded" in stage.paste("recipe-kubernetes-deploy")
-        image, rollout = "ghcr.io/acme/web:v", "kubectl --namespace web rollout status deployment/web --timeout=5m"
-        change = f"kubectl --namespace web set image deployment/web web={image}"
-        assert stage.calls() == [f"{change}1.4.0", rollout]
-        for version in ("2.0.0", "3.0.0"):
-            status, said = stage.deploy("web", f"{image}{version}")
-            assert status == ROLLED_BACK, said
-            assert stage.calls() == [f"{change}{version}", rollout, f"{change}1.4.0", rollout]
+            assert "Succeeded" in stage.paste("recipe-kubernetes-deploy")
+            image, base = "ghcr.io/acme/web:v", cluster.BASE
             assert stage.known("live") == f"{image}1.4.0"
+            for version, why in {"2.0.0": "500", "3.0.0": "exceeded its progress deadline"}.items():
+                cluster.requests.clear()
+                status, said = stage.deploy("web", f"{image}{version}")
+                assert status == ROLLED_BACK and why in said and cluster.TOKEN not in said, said
+                assert stage.known("live") == f"{image}1.4.0"
+                assert cluster.requests.count(f"patch {base}/web") == 2
+            # What hookshot needs is what it has.
+            assert {request.partition(" ")[0] for request in cluster.requests} <= set(cluster.rule["verbs"])
+
+
+def test_a_role_that_lacks_a_verb_is_noticed(tmp_path):
+    """The check itself: without it, rbac.yaml could say anything."""
+    (tmp_path / "state").mkdir()
+    cluster = Cluster(tmp_path / "state")
+    path = f"{cluster.BASE}/web"
+    assert cluster.answer("GET", path, cluster.TOKEN, b"")[0] == 200
+    assert cluster.answer("GET", cluster.BASE, cluster.TOKEN, b"")[0] == cluster.answer("GET", f"{cluster.BASE}/api", cluster.TOKEN, b"")[0] == 403
+    assert cluster.answer("GET", "/api/v1/namespaces/web/secrets/hookshot-token", cluster.TOKEN, b"")[0] == 403
+    cluster.rule["verbs"].remove("get")
+    assert cluster.answer("GET", path, cluster.TOKEN, b"")[0] == 403
 
 
 NOMAD = '''
