@@ -2,8 +2,9 @@
 """The recipes of docs/recipes.md work: prepared as the page says, by paste, then deployed by a real server, once with success and
 once with a failure that is rolled back.
 
-Web servers, databases, virtual environments, downloads and Ansible are real. Container engines, clusters and systemd are
-stand-ins: they write down how they were called and keep the little state that a rollback shows in.
+Web servers, databases, virtual environments, downloads, Ansible and kubectl are real; kubectl speaks to an API server of these tests.
+Container engines, Nomad and systemd are stand-ins: they write down how they were called and keep the little state that a rollback
+shows in.
 """
 
 import base64
@@ -176,10 +177,8 @@ def read_yaml(text: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("file", YAML, ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_yaml_is_yaml_and_begins_with_the_license(file):
-    text = file.read_text(encoding="utf-8")
-    assert text.startswith("# SPDX-License-Identifier: MPL-2.0\n")
-    assert all(read_yaml(text))
+def test_yaml_is_yaml(file):
+    assert all(read_yaml(file.read_text(encoding="utf-8")))
 
 
 def test_the_job_of_nomad_closes_what_it_opens():
@@ -193,6 +192,28 @@ def test_the_job_of_nomad_closes_what_it_opens():
     job = (EXAMPLES / "engines" / "nomad" / "web.nomad.hcl").read_text(encoding="utf-8")
     assert 'variable "image"' in job and "image    = var.image" in job and 'job "web"' in job
     assert re.search(r"auto_revert +?= true", job)
+
+
+def test_docker_knows_the_flags_and_takes_the_stack():
+    """Where a docker client is at hand; neither needs an engine."""
+    docker = shutil.which("docker")
+    if not docker:
+        pytest.skip("no docker client here; the flags are those of Docker 20.10")
+    text = (EXAMPLES / "engines/swarm/update.sh").read_text(encoding="utf-8")
+    flags = set(re.findall(r"--[a-z-]+", text.partition("docker service update")[2].partition("\nruns=")[0].partition("\n#")[0]))
+    known = subprocess.run([docker, "service", "update", "--help"], capture_output=True, text=True, timeout=PATIENCE_S).stdout
+    assert len(flags) == 5 and {flag for flag in flags if f"{flag} " not in known} == set()
+    done = subprocess.run([docker, "stack", "config", "--compose-file", EXAMPLES / "engines/swarm/stack.yaml"], capture_output=True, text=True,
+                          timeout=PATIENCE_S)
+    if "stack config" in known + done.stderr and "unknown" in done.stderr:
+        return  # Older than Docker 25.
+    assert done.returncode == 0 and "failure_action: rollback" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("file", sorted(file for kind in ("services", "engines") for file in (EXAMPLES / kind).rglob("*") if file.is_file()),
+                         ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_an_example_begins_with_its_license(file):
+    assert "# SPDX-License-Identifier: MPL-2.0\n" in "".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:2])
 
 
 # --- a host for a recipe

@@ -38,7 +38,11 @@ migrate() {
         [ "$number" -gt "$applied" ] || continue
         echo "applying $(basename "$file")"
         # A line of its own ends the last one of the file, which may be a comment.
-        { echo 'BEGIN IMMEDIATE;'; cat "$file"; printf '\n;PRAGMA user_version = %s;\nCOMMIT;\n' "$number"; } | sqlite3 -bail "$1"
+        {
+            echo 'BEGIN IMMEDIATE;'
+            cat "$file"
+            printf '\n;PRAGMA user_version = %s;\nCOMMIT;\n' "$number"
+        } | sqlite3 -bail "$1"
         applied=$(version_of "$1")
         [ "$applied" = "$number" ] || { echo "$file was not applied" >&2; return 1; }
     done
@@ -96,7 +100,8 @@ restore)
     echo "restored backups/$2.db; what was replaced is $database.$2"
     ;;
 prune)
-    find backups -name '*.db' -printf '%T@ %p\n' | sort -rn | tail -n "+$(($2 + 1))" | cut -d ' ' -f 2- | xargs -r rm -f --
+    find backups -name '*.db' -printf '%T@ %p\n' | sort -rn | tail -n "+$(($2 + 1))" | cut -d ' ' -f 2- |
+        xargs -r rm -f --
     ;;
 *)
     echo "unknown action: $1" >&2
