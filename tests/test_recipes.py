@@ -3,7 +3,7 @@
 once with a failure that is rolled back.
 
 Web servers, databases, virtual environments, downloads, Ansible and kubectl are real; kubectl speaks to an API server of these tests.
-Container engines, Nomad and systemd are stand-ins: they write down how they were called and keep the little state that a rollback
+Container engines, Nomad and, but for one test, systemd are stand-ins: they write down how they were called and keep the little state that a rollback
 shows in.
 """
 
@@ -11,6 +11,7 @@ import base64
 import contextlib
 import hashlib
 import http.server
+import io
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ import sqlite3
 import ssl
 import subprocess
 import sys
+import tarfile
 import threading
 import tomllib
 import zipfile
@@ -30,8 +32,8 @@ from typing import Any
 import pytest
 
 import hookshot
-from pages import run_script, script_of
-from support import PATIENCE_S, ROOT, Certificates, Host, free_port, make_certificates, need, program, wait_until
+from pages import read_blocks, run_script, script_of
+from support import PATIENCE_S, PROGRAM, ROOT, Certificates, Host, free_port, make_certificates, need, program, wait_until
 
 EXAMPLES = ROOT / "examples"
 FILES = sorted(EXAMPLES.glob("*/*/services.toml"))
@@ -288,6 +290,8 @@ class Stage:
         for name, text in {"systemctl": SYSTEMCTL, "chown": "", **stand_ins}.items():
             head = STAND_IN.replace("@STATE@", str(self.state))
             self.add_program(name, head + text.replace("@ROOT@", str(folder)))
+        # "runuser -u hookshot -- PROGRAM": everything of a test runs as one user.
+        self.add_program("runuser", '#!/bin/sh\nshift 3\nexec "$@"\n')
         self.add_program("hookshot", '#!/bin/sh\nexec "{}" "{}" "$@"\n'.format(*program()))
 
     def add_program(self, name: str, text: str) -> None:
@@ -1017,3 +1021,85 @@ def test_the_inventory_of_ansible_is_one_and_its_playbook_is_taken(tmp_path):
     hosts = json.loads(done.stdout)["_meta"]["hostvars"]
     assert hosts.keys() == {"web1.example.org", "web2.example.org"}
     assert hosts["web1.example.org"]["ansible_ssh_common_args"] == "-o UserKnownHostsFile=/srv/ansible/known_hosts"
+
+
+# --- a machine of its own: systemd, polkit and nginx, all real
+
+MACHINE = r'''
+import base64, io, json, os, pathlib, subprocess, tarfile
+os.makedirs("/opt/copy")
+tarfile.open(fileobj=io.BytesIO(base64.b64decode("@TAR@"))).extractall("/opt/copy")
+os.chdir("/opt/copy")
+
+
+def paste(script, *, fails=False):
+    done = subprocess.run(["bash", "-e"], input=script, capture_output=True, text=True, timeout=120)
+    if bool(done.returncode) != fails:
+        raise SystemExit(f"{script}\nended with {done.returncode}: {done.stdout}{done.stderr}")
+    return done.stdout.strip()
+
+
+paste("""
+chmod -R a+rX /opt/copy
+printf '#!/bin/sh\\nexec /usr/bin/python3 /usr/local/bin/hookshot.py "$@"\\n' > /usr/local/bin/hookshot && chmod 0755 /usr/local/bin/hookshot
+install -D -m 0644 examples/systemd/sysusers.conf /etc/sysusers.d/hookshot.conf && systemd-sysusers
+hookshot init /etc/hookshot
+install -D -m 0644 examples/systemd/tmpfiles.conf /etc/tmpfiles.d/hookshot.conf && systemd-tmpfiles --create
+hookshot show unit > /etc/systemd/system/hookshot.service
+systemctl daemon-reload && systemctl enable --now hookshot.service
+rm -f /etc/nginx/sites-enabled/*
+mkdir -p /etc/nginx/conf.d /etc/polkit-1/rules.d
+systemctl start nginx.service
+""")
+for script in @SCRIPTS@:
+    paste(script)
+for version, health in {"1.4.0": 200, "1.5.0": 404}.items():
+    folder = pathlib.Path("/srv/web/releases") / version
+    folder.mkdir()
+    (folder / "run").write_text(f"""#!/usr/bin/python3
+import http.server, os
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response({health} if self.path == "/health" else 200)
+        self.end_headers()
+        self.wfile.write(b"{version}")
+
+
+http.server.HTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
+""")
+    (folder / "run").chmod(0o755)
+seen = {"user": paste("systemctl show -P User hookshot.service")}
+paste("@DEPLOY@")
+seen["page"] = paste("curl --silent http://127.0.0.1:8000/")
+paste("@DEPLOY@".replace("1.4.0", "1.5.0"), fails=True)
+seen["after a failure"] = paste("curl --silent http://127.0.0.1:8000/; readlink /srv/web/live.conf")
+seen["history"] = paste("runuser -u hookshot -- hookshot history web").count("RolledBack")
+paste("runuser -u hookshot -- systemctl stop nginx.service", fails=True)
+paste("runuser -u hookshot -- systemctl restart nginx.service", fails=True)
+print(json.dumps(seen))
+'''
+
+
+def test_blue_and_green_on_a_real_host(tmp_path):
+    """Pasted as the page says, with its polkit rules: the unit runs as hookshot, and may do these things and no others."""
+    for name in ("systemd-nspawn", "nginx", "pkcheck"):
+        need(name)
+    rights = next(block.text for block in read_blocks("sh") if block.page.name == "recipes.md" and "hookshot.rules" in block.text)
+    unit = next(block.text for block in read_blocks("sh") if block.page.name == "recipes.md" and block.text.startswith("hookshot show unit"))
+    assert "apt-get install polkitd\n" in rights
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        tar.add(EXAMPLES, "examples")
+    scripts = [script_of("recipe-blue-green"), rights.replace("apt-get install polkitd\n", ""), unit]
+    text = MACHINE.replace("@TAR@", base64.b64encode(archive.getvalue()).decode()).replace("@SCRIPTS@", repr(scripts)) \
+        .replace("@DEPLOY@", script_of("recipe-blue-green-deploy").strip())
+    (tmp_path / "script.py").write_text(text)
+    # By SIGTERM, at which the machine is taken away again.
+    done = subprocess.run(["timeout", str(15 * PATIENCE_S), ROOT / "tests/machine.sh", PROGRAM, tmp_path / "script.py"], stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(f"no machine can be had here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout) == {"user": "hookshot", "page": "1.4.0", "after a failure": "1.4.0proxy/green.conf", "history": 1}
