@@ -52,7 +52,8 @@ case $1 in
 known)
     newest=0
     for file in "$2"/migrations/[0-9]*.sql; do
-        [ -e "$file" ] && newest=$(number_of "$file")
+        [ -e "$file" ] || continue
+        newest=$(number_of "$file")
     done
     applied=$(version_of "$database")
     if [ "$applied" -gt "$newest" ]; then
