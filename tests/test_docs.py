@@ -202,6 +202,17 @@ SHOWN = ("", "console", "mermaid")
 UNIT_SECTIONS = {"Unit", "Service", "Socket", "Timer", "Path", "Install"}
 
 
+def test_every_block_is_run_or_says_why_not():
+    silent = [str(block) for block in read_blocks() if block.language not in (*CHECKED, *SHOWN) and not (block.run or block.outside)]
+    assert silent == []
+
+
+def test_few_blocks_of_the_shell_need_the_outside_world():
+    """Most of them run in tests; this is the share that does not."""
+    blocks = read_blocks("sh")
+    assert 4 * sum(block.outside is not None for block in blocks) <= len(blocks)
+
+
 @pytest.mark.parametrize("block", read_blocks("json"), ids=str)
 def test_json_in_the_docs_is_json(block):
     try:
