@@ -197,7 +197,8 @@ def deploying(host: Host, clients: int, number: int | None = None, **fields):
 
 def rest_of(host: Host) -> int:
     """Wait until everything has ended; return the number of the last move."""
-    wait_until(lambda: not host.get("/deployments?unfinished=1&limit=1").json["deployments"])
+    # Hundreds of them, on a machine that has other tests to run too.
+    wait_until(lambda: not host.get("/deployments?unfinished=1&limit=1").json["deployments"], patience_s=4 * PATIENCE_S)
     return kept(host)[-1]["id"]
 
 
