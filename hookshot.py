@@ -3514,12 +3514,17 @@ def free_bytes(path: str) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def name_of_user(uid: int) -> str:
+    """Return the name of a user, or the number of one that has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
 def own_user() -> str:
     """Return the name of the user that this process runs as, or the number of one that has none."""
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
+    return name_of_user(os.geteuid())
 
 
 def find_account(user: str | None, group: str | None) -> Account | None:
@@ -5530,7 +5535,8 @@ def _read_secrets_file(config: Secrets, surroundings: SecretSurroundings, place:
         if status.st_mode & 0o077:
             place.problem(f"can be read by others (mode {stat.S_IMODE(status.st_mode):04o}); run chmod 600 on it")
         elif status.st_uid not in (0, os.geteuid()):
-            place.problem(f"belongs to user {status.st_uid}; it must belong to root or to the server's user {os.geteuid()}")
+            owner = name_of_user(status.st_uid)
+            place.problem(f"belongs to user {owner}, and this runs as {own_user()}; have it run as {owner}, or run chown {own_user()}: on the file")
         else:
             content = file.read(_MAX_SECRETS_BYTES + 1)
             if len(content) <= _MAX_SECRETS_BYTES:
@@ -12387,8 +12393,10 @@ class Client:
               timeout_s: float = _READ_TIMEOUT_S) -> Iterator[http.client.HTTPResponse]:
         link = self._make_link()
         authorization = {"Authorization": f"Bearer {self._token}"} if self._token and method == "GET" else {}
+        is_connected = False
         try:
             link.connect()
+            is_connected = True
             link.sock.settimeout(timeout_s)
             link.request(method, self._parts.path.rstrip("/") + path, body or None,
                          {"User-Agent": f"hookshot/{__version__}", "Accept": "application/json", **authorization, **headers})
@@ -12397,6 +12405,10 @@ class Client:
             raise HookshotError("usage", f"{clip(escape_controls(self.url), 200)} or the token cannot be sent: they must be plain ASCII") from None
         except (OSError, http.client.HTTPException) as error:
             link.close()
+            if is_connected and method == "POST" and isinstance(error, TimeoutError):
+                # As behind a socket unit whose service does not start: what waits there is read by the next server.
+                raise HookshotError("unreachable", f"{self.url} has not answered within {timeout_s:g} s; what it was asked may be carried out yet; "
+                                    "does the server run, or is it still ending deployments?") from None
             raise self._unreachable(error) from None
         with contextlib.closing(link), contextlib.closing(response):
             yield response

@@ -265,6 +265,15 @@ def test_a_refusal_is_one_sentence_and_an_exit_status(host, args, env, code):
     assert (done.returncode, done.stdout) == (code, "") and is_one_sentence(done.stderr)
 
 
+def test_what_a_server_was_asked_and_did_not_answer_may_be_carried_out_yet():
+    """As behind a socket unit whose service does not start."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = hookshot.Client(f"http://127.0.0.1:{silent.getsockname()[1]}", KEY.encode(), None)
+        with pytest.raises(hookshot.HookshotError, match="has not answered within 0.2 s; what it was asked may be carried out yet"), \
+                client._open("POST", "/deploy", b"{}", {}, 0.2):
+            pass
+
+
 def test_an_unreachable_server_is_told_with_69():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import pwd
 import socket
 
 import pytest
@@ -170,9 +171,10 @@ def test_a_file_that_belongs_to_someone_else_is_refused(tmp_path):
     if os.geteuid() != 0:
         pytest.skip("missing: root")
     path = write(tmp_path, f"hmac_key={CANARY}\n")
-    os.chown(path, 65534, 65534)
-    values, problems = load(tmp_path)
-    assert values == {} and any("belongs to user 65534" in text for text in problems)
+    for uid, name in ((65534, pwd.getpwuid(65534).pw_name), (4321, "4321")):
+        os.chown(path, uid, 65534)
+        values, problems = load(tmp_path)
+        assert values == {} and any(f"belongs to user {name}, and this runs as root; have it run as {name}, or run chown root:" in text for text in problems)
 
 
 def test_a_file_that_is_not_there_is_a_problem_only_when_it_is_named(tmp_path, credentials):
