@@ -193,6 +193,15 @@ def loud(host: Host) -> str:
     return host.log(deploy_id)
 
 
+def silent(host: Host) -> str:
+    """Ask what takes the connection and says nothing; for less than the minute that the program waits."""
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        client = hookshot.Client(f"http://127.0.0.1:{nobody.getsockname()[1]}", KEY.encode(), None)
+        with pytest.raises(hookshot.HookshotError) as told, client._open("POST", "/deploy", b"{}", {}, 0.2):
+            pass
+    return f"hookshot: {told.value}".replace("0.2 s", f"{hookshot._READ_TIMEOUT_S:g} s")
+
+
 def gateway(host: Host) -> str:
     class Proxy(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -234,6 +243,7 @@ CASES: dict[str, Callable[[Host], str]] = {
     "trouble-stuck": stuck,
     "trouble-refused": lambda host: said_by(host.cli("deploy", "web", "app:1", "--url", f"http://127.0.0.1:{free_port()}"), 69),
     "trouble-tls": lambda host: said_by(host.cli("services", "--url", f"https://127.0.0.1:{host.port}"), 69),
+    "trouble-silent": silent,
     "trouble-gateway": gateway,
     "trouble-unix": never_run,
     "trouble-shell": lambda host: deploy(host, "shell", status=10),
