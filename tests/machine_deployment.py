@@ -88,6 +88,7 @@ def start() -> None:
     seen["runs as"] = run("systemctl show hookshot.service --value -p User")[1].strip()
     seen["folders"] = run("stat -c '%n %U %a' /var/lib/hookshot /var/log/hookshot /var/log/hookshot/hookshot.log")[1].splitlines()
     [seen["exposure"]] = re.findall(r"Overall exposure level .*: ([0-9.]+)", paste("production-security"))
+    paste("production-again")
     seen["first"] = outcomes(paste("production-first"))
     seen["answers"] = run("curl -s http://127.0.0.1:8000/index.html")[1]
     status, output = run("runuser -u hookshot -- hookshot deploy web web:1.2", may_fail=True)

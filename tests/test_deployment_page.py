@@ -14,7 +14,7 @@ from support import PATIENCE_S, PROGRAM, ROOT, need
 from test_quickstart import read_yaml
 
 PRODUCTION = ("production-install", "production-user", "production-application", "production-config", "production-secrets", "production-polkit",
-              "production-sudo", "production-unit", "production-security", "production-first", "production-nginx", "production-caddy", "production-caller",
+              "production-sudo", "production-unit", "production-again", "production-security", "production-first", "production-nginx", "production-caddy", "production-caller",
               "production-nftables", "production-ufw", "production-prometheus", "production-logs", "production-upgrade", "production-back",
               "production-restore", "production-doctor")
 PAGES = ("systemd-unit", "systemd-socket", "systemd-credentials", "systemd-encrypted", "systemd-user", "operations-reload", "operations-key")
