@@ -76,7 +76,6 @@ def hand_over_credentials() -> None:
     change('# source = "auto"', 'source = "systemd"')
     change('hmac_keys = ["hmac_key", "hmac_key_2"]', 'hmac_keys = ["hmac_key"]')
     paste("systemd-credentials")
-    run("hookshot show unit > /etc/systemd/system/hookshot.service; systemctl daemon-reload; systemctl restart hookshot.service")
     seen["credentials"] = deploy("env HOOKSHOT_HMAC_KEY=$(cat /etc/hookshot/credentials/hmac_key)")
     paste("systemd-encrypted")
     (DROP_INS / "override.conf").write_text(BLOCKS["systemd-encrypted.ini"])
