@@ -93,8 +93,8 @@ def test_the_quickstart_works_by_paste_from_nothing_to_ci(tmp_path):
         ("site:1.0", "Succeeded"), ("site:2.0", "RolledBack"), ("site:3.0", "Succeeded"), ("site:1.0", "Succeeded"), ("site:3.0", "Succeeded")]
     assert re.findall(r"^hello.*", done.stdout, re.MULTILINE) == ["hello from 1.0"] * 2
     assert re.findall(r"^exit status .*", done.stdout, re.MULTILINE) == ["exit status 11", "exit status 65"]
-    assert os.readlink(home / "hookshot/current") == "releases/3.0"
-    assert '"stopped"' in (home / "hookshot/server.log").read_text()
+    assert os.readlink(home / "hookshot-site/current") == "releases/3.0"
+    assert '"stopped"' in (home / "hookshot-site/server.log").read_text()
 
 
 def test_an_archive_is_carried_to_a_host_without_a_network_and_proved_there(tmp_path):
