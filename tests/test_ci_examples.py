@@ -12,6 +12,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -419,6 +420,24 @@ def test_the_script_signs_with_any_key(tmp_path, runner, shell):
         ended = runner.deploy(host, "web", "app:2", shell=SHELLS[shell], HOOKSHOT_HMAC_KEY="", HOOKSHOT_KEY_FILE=str(tmp_path / "key"),
                               HOOKSHOT_TIMEOUT="0")
         assert ended.status == 0, ended.err
+
+
+def test_a_key_file_that_holds_more_than_a_key_is_refused(host, runner, tmp_path):
+    (tmp_path / "secrets").write_text(f"hmac_key={KEY}\nread_token={TOKEN}\n")
+    ended = runner.deploy(host, "web", "app:1", HOOKSHOT_KEY_FILE=str(tmp_path / "secrets"))
+    assert ended.status == 78 and "holds more than a key" in ended.err and KEY not in ended.err
+    assert not history(host)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_job_that_is_ended_says_that_the_deployment_goes_on(host, runner, number, status):
+    # A terminal and a forge end all programs of the job.
+    text = f"exec setsid sh {shlex.quote(str(SCRIPT))} web app:slow"
+    with runner.start(text, {"HOOKSHOT_URL": f"http://127.0.0.1:{host.port}", "HOOKSHOT_HMAC_KEY": KEY, "HOOKSHOT_DEPLOY_ID": "x"}) as process:
+        assert "is x" in process.stderr.readline()
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=2 * PATIENCE_S)
+    assert process.returncode == status and "goes on" in err
 
 
 def test_neither_key_nor_token_is_given_to_another_program(host, runner, tmp_path):

@@ -100,8 +100,9 @@ render_rollback() {
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM HUP
+trap 'fail 130 "interrupted; a deployment that was accepted goes on"' INT
+trap 'fail 143 "ended from outside; a deployment that was accepted goes on"' TERM
+trap 'exit 143' HUP
 if [ "$action" = deploy ]; then
     path=/deploy
     render_deploy "$@" >"$folder/body"
@@ -114,6 +115,7 @@ fi
 
 if [ -n "${HOOKSHOT_KEY_FILE:-}" ]; then
     key=$(cat "$HOOKSHOT_KEY_FILE") || fail 78 "the file in HOOKSHOT_KEY_FILE cannot be read"
+    case $key in *[[:cntrl:]]*) fail 78 "the file in HOOKSHOT_KEY_FILE holds more than a key" ;; esac
 fi
 [ -n "$key" ] || fail 77 "there is no key to sign with; set HOOKSHOT_HMAC_KEY or HOOKSHOT_KEY_FILE"
 case $token in *[![:graph:]]*) fail 2 "HOOKSHOT_READ_TOKEN has characters that no header can have" ;; esac
