@@ -12598,7 +12598,7 @@ def follow_deployment(client: Client, deploy_id: str, ask: Ask | None, line: Pro
             time.sleep(max(0.0, min(1.0, deadline - time.monotonic())))
         except HookshotError as error:
             if error.name == "authentication" and ask is not None:
-                print("the log cannot be read from here (it needs the read token); waiting for the outcome", file=sys.stderr)
+                print("the log cannot be read from here (that needs the server's read token, in HOOKSHOT_READ_TOKEN); waiting for the outcome", file=sys.stderr)
                 outcome = wait_for_outcome(ask, deadline)
                 return outcome and str(outcome["status"])
             contact.wait(error, deadline)
@@ -13548,7 +13548,7 @@ def history(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(found)
     elif not found["deployments"]:
-        _say("there are no deployments yet")
+        _say("there are no deployments" + (f" of {args.service}" if args.service else "") + (f" in state {args.status}" if args.status else ""))
     else:
         _print_table(("DEPLOYMENT", "SERVICE", "STATUS", "IMAGE", "QUEUED", "TOOK"), [
             (entry["deploy_id"], entry["service"], entry["status"], entry["image"], entry["queued_at"], render_duration(entry["duration_ms"]))

@@ -357,6 +357,9 @@ def test_history_lists_newest_first(host):
     assert host.cli("history", "web", "-n", "1").stdout.splitlines()[1].startswith(ids[0])
     assert all("Failed" in line for line in host.cli("history", "--status", "Failed").stdout.splitlines()[1:])
     assert json.loads(host.cli("history", "--json", "-n", "1").stdout)["deployments"][0]["deploy_id"] == ids[1]
+    # Not "there are none": the name may be mistyped.
+    none = host.cli("history", "wbe", "--status", "Failed")
+    assert none.returncode == 0 and none.stdout + none.stderr == "there are no deployments of wbe in state Failed\n"
 
 
 def test_logs_prints_the_log_and_follow_tells_the_outcome(host):
@@ -574,6 +577,7 @@ def test_a_follower_is_patient_with_answers_that_come_too_soon(last):
     with answering(ACCEPTED, UNREADABLE, last) as (url, asked):
         done = run("deploy", "web", "app:1", "--id", "x", "--url", url, "--timeout", "3", env={"HOOKSHOT_HMAC_KEY": KEY})
     assert done.returncode == 14 and "Traceback" not in done.stderr and "hookshot status x" in done.stderr
+    assert "HOOKSHOT_READ_TOKEN" in done.stderr
     assert 3 <= len(asked) <= 8
 
 
