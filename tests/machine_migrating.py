@@ -98,22 +98,26 @@ def set_up() -> None:
     (ETC / "config.toml").write_text(CONFIG)
     (ETC / "services.toml").write_text(SERVICES)
     (ETC / "secrets").write_text(f"hmac_key={'0f1e2d3c' * 8}\n")
-    (ETC / "secrets").chmod(0o400)
+    (ETC / "secrets").chmod(0o640)
     program.write_text(OLD_PROGRAM)
     program.chmod(0o755)
     pathlib.Path("/usr/local/bin/hookshot").symlink_to(program)
     shutil.copy("/usr/local/bin/hookshot.py", NEW / "hookshot.py")
     (NEW / "build_zipapp.py").write_text(BUILD)
-    give(WORK, NEW, data, log, data / "locks", data / "state.redb", ETC / "secrets")
+    give(WORK, NEW, data, log, data / "locks", data / "state.redb")
+    shutil.chown(ETC / "secrets", "root", "hookshot")
     UNIT.write_text(OLD_UNIT)
     subprocess.run(["systemctl", "enable", "--now", "hookshot.service"], check=True, capture_output=True)
     answers("/services")
 
 
 def move() -> None:
+    paste("secrets-of-1")
     plan = paste("beside", "runuser", "-u", "hookshot", "--")
     seen["beside"] = ["deploy 1: touch v1.2.3" in plan, os.listdir(WORK)]
     seen["old"] = json.loads(paste("old"))["services"][0]["current_image"]
+    paste("switch")
+    # A second time, as after something was forgotten: the files of 1.0 are still those.
     told = paste("switch")
     seen["doctor"] = [line for line in told.splitlines() if line.startswith("fail")]
     seen["new"] = [answers("/ready")["ready"], answers("/services")["services"][0]["current_image"]]

@@ -82,7 +82,7 @@ def test_the_steps_beside_the_old_server_work_by_paste_and_deploy_nothing(tmp_pa
 def test_the_switch_and_the_way_back_work_by_paste_under_systemd(tmp_path):
     """tests/machine_migrating.py says over what; the page says what is done."""
     need("systemd-nspawn")
-    blocks = {name: script_of(name) for name in ("beside", "old", "switch", "first", "way-back")}
+    blocks = {name: script_of(name) for name in ("secrets-of-1", "beside", "old", "switch", "first", "way-back")}
     build = (ROOT / "build_zipapp.py").read_text(encoding="utf-8")
     script = tmp_path / "script.py"
     script.write_text((ROOT / "tests/machine_migrating.py").read_text(encoding="utf-8")
