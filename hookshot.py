@@ -11013,13 +11013,13 @@ class ArchiveReader:
 
         block = self._read(len(_SECTOR))
         if len(block) < len(_SECTOR):
-            raise self._wrong("is cut off" if self.sums else "is no backup of hookshot")
+            raise self._wrong("is cut off" if self.sums else "is no backup of hookshot, unless it is still encrypted")
         if block == _SECTOR:
             return None
         try:
             header = tarfile.TarInfo.frombuf(block, "ascii", "strict")
         except (tarfile.HeaderError, ValueError):
-            raise self._wrong("has a header that cannot be read" if self.sums else "is no backup of hookshot") from None
+            raise self._wrong("has a header that cannot be read" if self.sums else "is no backup of hookshot, unless it is still encrypted") from None
         folder, slash, name = header.name.partition("/")
         if not slash or not _ARCHIVE_FOLDER.fullmatch(folder) or folder != (self._folder or folder):
             raise self._wrong(f"holds {_shown(header.name)}, which is not in its one folder hookshot-state-YYYYMMDD-HHMMSS")
@@ -13195,7 +13195,7 @@ def _become_the_server(config_path: str, services_path: str) -> frozenset[str]:
         _say(f"as {account.name}, the server's user:")
     elif account and account.name != own_user():
         _say(f"this is {own_user()}, not the server's user {account.name}, so modes and owners are not judged as the server meets them; "
-             f"run this as root or as {account.name}")
+             f"run this as root{'' if account.name == 'root' else f' or as {account.name}'}")
     if server and os.access(folder := f"/run/credentials/{read_unit(server)}", os.R_OK | os.X_OK):
         os.environ.setdefault("CREDENTIALS_DIRECTORY", folder)
     return awaited

@@ -393,8 +393,10 @@ def test_another_user_is_told_what_he_cannot_see_and_nothing_that_is_not_so(tmp_
         open_to_others(host.folder)
         done = subprocess.run([python, str(PROGRAM), "-c", str(host.config), "doctor", "--json"], capture_output=True, text=True, user=4321, group=4321,
                               extra_groups=[], env={"PATH": os.environ["PATH"]})
-        audit = subprocess.run([python, str(PROGRAM), "-c", str(host.config), "audit"], capture_output=True, text=True, user=4321, group=4321, extra_groups=[])
+        audit, valid = (subprocess.run([python, str(PROGRAM), "-c", str(host.config), command], capture_output=True, text=True, user=4321, group=4321, extra_groups=[])
+                        for command in ("audit", "validate"))
     assert audit.returncode == 77 and "state.db cannot be looked at: Permission denied; run this as root" in audit.stderr
+    assert "this is 4321, not the server's user root" in valid.stderr and "run this as root\n" in valid.stderr
     found = {finding["check"]: (finding["status"], finding["message"]) for finding in json.loads(done.stdout)}
     assert found["user"] == ("warn", "this is 4321, the server's user is root: modes, secrets and limits are told as 4321 meets them")
     assert found["database"] == ("warn", f"{host.data}/state.db cannot be looked at by 4321") and found["server"][0] == "warn" and "is in use" in found["server"][1]
