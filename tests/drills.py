@@ -286,7 +286,7 @@ def damaged_database() -> dict[str, object]:
     said = paste("drill-database")
     seen = {"broke": broke, "daily": [daily_status, BACKUP.stat().st_ino == newest, len(list(BACKUP.parent.iterdir()))], "doctor": doctor,
             "exported": [exported.returncode, exported.stdout], "said": said, "active": is_active(), "images": images(),
-            "kept": pathlib.Path("/var/lib/hookshot.damaged/state.db").exists()}
+            "kept": len(list(DATA.parent.glob("hookshot.damaged-*/state.db"))) == 1}
     reset()
     paste("break-database")
     seen["anew"] = paste("drill-database-anew")
