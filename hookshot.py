@@ -13830,6 +13830,9 @@ def audit(args: argparse.Namespace) -> int:
     path = os.path.join(_find_data_dir(args), "state.db")
     if args.verify and args.service or args.head and not args.verify:
         raise HookshotError("usage", "--head goes with verify, which checks all rows; --service goes without it")
+    # Half a hash, or none of an empty variable, is no sign that rows were removed.
+    if args.head is not None and not re.fullmatch("[0-9a-f]{64}", args.head):
+        raise HookshotError("usage", "--head takes a whole hash as verify prints it, 64 of 0-9 a-f")
     if args.verify:
         return _verify_audit(args, path)
     rows = read_audit(path, service=args.service, limit=args.limit)

@@ -591,6 +591,9 @@ def test_the_command_line_reads_the_audit_beside_the_server(host, command):
     assert command("audit", "verify", "--head", head, "--data-dir", str(host.data), config=unusable)[0] == 0
     status, told = command("audit", "verify", "--head", "ab" * 32)
     assert status == hookshot.ERRORS["audit_broken"].exit and "no row of the audit has the hash abab" in told
+    for mistyped in ("", head[:20], head.upper(), f"{head}\n"):
+        status, told = command("audit", "verify", "--head", mistyped)
+        assert status == 2 and "64 of 0-9 a-f" in told and "removed" not in told
     assert command("audit", "--head", head)[0] == command("audit", "verify", "--service", "quick")[0] == 2
     status, told = command("audit", "--data-dir", str(host.folder))
     assert status == 2 and "--data-dir" in told
