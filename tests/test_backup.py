@@ -680,6 +680,11 @@ def test_archives_made_by_hand_for_these_tests_are_right(host, archive):
     take_in(host, gzip.compress(pack(*plain(members_of(archive)), end=bytes(10240 - 512))))
 
 
+def test_a_file_that_is_no_archive_may_be_an_encrypted_one(host):
+    for content in (b"age-encryption.org/v1\n-> X25519 " + b"x" * 600, b"\x84\x5e" + b"\x9b" * 600, b""):
+        assert "is no backup of hookshot, unless it is still encrypted" in refuse(host, content)
+
+
 REFUSED_NAMES = ["../state.db", "/etc/passwd", "logs/../../evil", "logs/0.log", "logs/01.log", "logs/1.log/", "logs/-1.log", "logs/1.log.gz", "logs", "logs/",
                  "logs//1.log", "./config.toml", "config.toml ", "CONFIG.TOML", "state.db-wal", "hookshot.lock", "config.toml.bak", "logs/" + "9" * 19 + ".log",
                  "logs/²³.log", "logs/\u0661.log", "logs/\udcff.log", "x" * 90, "", "config.toml\n"]
