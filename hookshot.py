@@ -5664,9 +5664,13 @@ def _check_secrets(values: Mapping[str, bytes], config: Config, services: Servic
     if config.security.read_access == "token":
         keys["read_token"] = 'security.read_access = "token"'
     wanted = dict(_secrets_of_channels(config.notifications)) if config.notifications.enabled else {}
+    path = config.secrets.secrets_file
+    # "auto" passes over a file that is not there; any other source that fails has a problem of its own.
+    is_absent = config.secrets.source == "auto" and "file" in sources_of(config.secrets) and path and not os.path.exists(path)
+    absent = f" ({path} does not exist)" if is_absent else ""
     for name, wanted_by in (wanted | {name: "secrets.required_secrets" for name in config.secrets.required_secrets or ()} | keys).items():
         if name not in values:
-            place.problem(f"secret {name} is not found in any source; it is required by {wanted_by}")
+            place.problem(f"secret {name} is not found in any source{absent}; it is required by {wanted_by}")
         elif name not in keys and not values[name].strip():
             place.problem(f"secret {name} is empty; it is required by {wanted_by}")
     for name in sorted(values.keys() & (keys.keys() | {"read_token"})):

@@ -91,7 +91,7 @@ def test_auto_takes_every_source_and_misses_none_of_those_that_are_not_there(tmp
 
 
 def test_auto_without_any_secret_names_what_is_missing(tmp_path):
-    only(load(tmp_path)[1], "secret hmac_key is not found")
+    only(load(tmp_path)[1], f"secret hmac_key is not found in any source ({tmp_path}/secrets does not exist);")
 
 
 @pytest.mark.parametrize("order, winner", [
