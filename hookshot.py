@@ -1481,8 +1481,17 @@ def _parse_toml(text: str, file: str, problems: list[Problem]) -> dict[str, Any]
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # Not only TOMLDecodeError: a number of 5,000 digits, deep nesting.
-        problems.append(Problem(file, "", f"is not valid TOML: {error}"))
+        problems.append(Problem(file, "", f"is not valid TOML: {_toml_problem(error)}"))
         return {}
+
+
+def _toml_problem(error: Exception) -> str:
+    # tomllib says "Cannot declare ('server', 'tls') twice (at line 9, column 12)". It is what a pasted block leads to.
+    twice = re.fullmatch(r"Cannot declare \((.+?),?\) twice( \(.*\))?", str(error))
+    if not twice:
+        return str(error)
+    table = twice[1].replace("'", "").replace(", ", ".")
+    return f"[{table}] stands twice{twice[2] or ''}; keep one of the two, with the keys of both"
 
 
 def load_config(text: str, file: str, problems: list[Problem], places: Mapping[str, str] = {}) -> Config:

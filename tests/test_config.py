@@ -787,6 +787,13 @@ def test_a_file_that_is_no_toml_is_one_problem(text):
     assert load_services(text)[1][0].message.startswith("is not valid TOML")
 
 
+@pytest.mark.parametrize("text, table, line", [("[logging]\n\n[logging]\nlevel = 'info'\n", "logging", 3), ("[a.b]\n[a.b]", "a.b", 2)])
+def test_a_table_that_stands_twice_is_named_with_its_line(text, table, line):
+    """A block of the documentation, pasted below the sample that has this table."""
+    message = only(config_problems(text))[1]
+    assert message.startswith(f"is not valid TOML: [{table}] stands twice (at line {line}, ") and message.endswith("; keep one of the two, with the keys of both")
+
+
 def test_a_key_with_a_problem_leaves_the_others_loaded():
     """So that the checks between keys can go on."""
     config, problems = load_config({"server.worker_threads": 0, "server.request_timeout": 5})
