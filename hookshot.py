@@ -1631,7 +1631,8 @@ def describe_changes(before: Mapping[str, str], after: Mapping[str, str]) -> lis
     wholes: tuple[str, ...] = ()
     for path in dict.fromkeys([*before, *after]):
         old, new = before.get(path, "unset"), after.get(path, "unset")
-        if old != new and not path.startswith(wholes):
+        # An empty list of tables has a line of its own, and its rows have theirs.
+        if old != new and {old, new} != {"[]", "unset"} and not path.startswith(wholes):
             lines.append(f"{path}: {_describe_change(old, new)}")
             wholes += (f"{path}.",) if "set" in (old, new) else ()
     return lines

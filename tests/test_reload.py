@@ -84,6 +84,8 @@ PROBE = '[service.healthcheck.http]\nurl = "http://u:{}@localhost/"\nstatus = {}
      (CHANNEL.format("c", "slack", "url", 1) + CHANNEL.format("b", "teams", "url", 2), ""),
      ['notifications.channel "a": removed', 'notifications.channel "b".type: "slack" -> "teams"', 'notifications.channel "b".url: changed',
       'notifications.channel "c": added']),
+    (("", ""), (CHANNEL.format("a", "slack", "url", 1), ""), ['notifications.channel "a": added']),
+    ((CHANNEL.format("a", "slack", "url", 1), ""), ("", ""), ['notifications.channel "a": removed']),
     # What differs only behind what is shown of it has changed all the same.
     (("", service(head=f'description = "{"x" * 100}1"')), ("", service(head=f'description = "{"x" * 100}2"')),
      ['service "web".description: changed']),
