@@ -13562,7 +13562,8 @@ def history(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(found)
     elif not found["deployments"]:
-        _say("there are no deployments" + (f" of {args.service}" if args.service else "") + (f" in state {args.status}" if args.status else ""))
+        which = (f" of {escape_controls(args.service)}" if args.service else "") + (f" in state {args.status}" if args.status else "")
+        _say(f"there are no deployments{which or ' yet'}" + "; `hookshot services` has the names" * bool(args.service))
     else:
         _print_table(("DEPLOYMENT", "SERVICE", "STATUS", "IMAGE", "QUEUED", "TOOK"), [
             (entry["deploy_id"], entry["service"], entry["status"], entry["image"], entry["queued_at"], render_duration(entry["duration_ms"]))
