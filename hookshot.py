@@ -14417,6 +14417,12 @@ def _number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def _id_argument(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; `hookshot history` has the ids")
+    return text
+
+
 def _duration_argument(text: str) -> int:
     try:
         return parse_duration(int(text) if text.isdecimal() else text)
@@ -14473,19 +14479,21 @@ COMMANDS: dict[str, CliCommand] = {
         _argument("service", metavar="SERVICE"), *_TO_SERVER, _JSON,
         _argument("--to", metavar="IMAGE|ID", help="go back to this image, or to what this deployment deployed"), _REASON, *_FOLLOWS)),
     "retry": CliCommand(retry, "deploy again what an ended deployment deployed and follow it to its end", (
-        _argument("id", metavar="ID"), *_TO_SERVER, _JSON, *_FOLLOWS)),
-    "cancel": CliCommand(cancel, "end a deployment that waits or runs", (_argument("id", metavar="ID"), *_TO_SERVER, _JSON, _REASON)),
+        _argument("id", type=_id_argument, metavar="ID"), *_TO_SERVER, _JSON, *_FOLLOWS)),
+    "cancel": CliCommand(cancel, "end a deployment that waits or runs", (
+        _argument("id", type=_id_argument, metavar="ID"), *_TO_SERVER, _JSON, _REASON)),
     "lock": CliCommand(lock, "refuse deploys of a service from now on", (
         _argument("service", metavar="SERVICE"), *_TO_SERVER, _JSON, _REASON,
         _argument("--for", type=_duration_argument, metavar="DURATION", help="how long, as 90s, 30m, 2h, 3d (default: until it is unlocked)"), _FORCE)),
     "unlock": CliCommand(unlock, "take deploys of a service again", (_argument("service", metavar="SERVICE"), *_TO_SERVER, _JSON, _FORCE)),
-    "status": CliCommand(status, "show one deployment, or how the server is", (_argument("id", nargs="?", metavar="ID"), *_TO_SERVER, _JSON)),
+    "status": CliCommand(status, "show one deployment, or how the server is", (
+        _argument("id", nargs="?", type=_id_argument, metavar="ID"), *_TO_SERVER, _JSON)),
     "history": CliCommand(history, "list deployments, newest first", (
         _argument("service", nargs="?", metavar="SERVICE"), *_TO_SERVER, _JSON,
         _argument("-n", "--limit", type=_number(1, 200), default=20, help="how many (1-200, default 20)"),
         _argument("--status", choices=[str(state) for state in State], help="only those in this state"))),
     "logs": CliCommand(logs, "print a deployment's log", (
-        _argument("id", metavar="ID"), *_TO_SERVER, _argument("-f", "--follow", action="store_true", help="until the deployment ends"),
+        _argument("id", type=_id_argument, metavar="ID"), *_TO_SERVER, _argument("-f", "--follow", action="store_true", help="until the deployment ends"),
         _argument("--tail", type=_number(0, MAX_TAIL_LINES), metavar="N", help="only the last N lines"))),
     "services": CliCommand(services, "list the services and how they are", (
         *_TO_SERVER, _JSON, _argument("--keys", action="store_true", help="the keys that may sign for each, by name, and their last uses"))),

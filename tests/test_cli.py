@@ -127,6 +127,12 @@ def test_a_wrong_command_line_is_told_with_2(args):
     assert done.returncode == 2 and done.stdout == "" and "usage:" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["status", "logs", "cancel", "retry"])
+def test_an_empty_id_is_told_before_anything_is_asked(name):
+    done = run(name, "")
+    assert done.returncode == 2 and "ID: is empty; `hookshot history` has the ids" in done.stderr
+
+
 @pytest.mark.parametrize("args", [("--help",), ("deploy", "--help")])
 def test_help_is_data(args):
     done = run(*args)
