@@ -13358,7 +13358,7 @@ def _client_settings(args: argparse.Namespace) -> tuple[Settings | None, Keyring
     problems: list[Problem] = []
     config_path, services_path = _paths(args)
     if not (args.config or os.environ.get("HOOKSHOT_CONFIG")) and not os.access(config_path, os.R_OK):
-        return None, None, []
+        return None, None, [Problem(config_path, "", "cannot be read, and no other is named with -c or HOOKSHOT_CONFIG")]
     settings = read_settings(config_path, services_path, problems)
     # What is wrong elsewhere in the file is no reason not to ask the server.
     found = [problem for problem in problems if problem.file == config_path and not problem.is_warning

@@ -190,6 +190,12 @@ def test_signing_without_a_key_is_not_permitted():
     assert done.returncode == 77 and done.stdout == "" and is_one_sentence(done.stderr)
 
 
+def test_a_client_beside_no_configuration_says_which_it_looked_for(tmp_path):
+    done = run("sign", stdin=b"body", env={"HOME": str(tmp_path)})
+    if not os.path.exists("/etc/hookshot/config.toml"):
+        assert "/etc/hookshot/config.toml: cannot be read, and no other is named with -c or HOOKSHOT_CONFIG" in done.stderr
+
+
 # --- a deploy and its outcome
 
 OUTCOMES = {"web": (0, "Succeeded"), "bad": (10, "Failed"), "sick": (11, "RolledBack"), "worse": (12, "RollbackFailed")}
