@@ -80,7 +80,10 @@ except OSError:
 if magic == importlib.util.MAGIC_NUMBER:
     sys.path.insert(0, cached)
 
-import hookshot
+try:
+    import hookshot
+except KeyboardInterrupt:   # without byte code this takes a while
+    sys.exit(130)
 
 sys.exit(hookshot.main())
 '''

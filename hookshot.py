@@ -6535,6 +6535,8 @@ def webhook_channels(webhook: NoticeWebhook, secrets_by_name: Mapping[str, bytes
 def check_channels(notifications: Notifications, secrets_by_name: Mapping[str, bytes], place: Place) -> None:
     """Add what is wrong with channels now that their secrets are known; no message has a URL or a token in it."""
     channels = channels_of(notifications._replace(enabled=True), secrets_by_name)
+    # Also one whose secret is missing, which is told by its name elsewhere.
+    to_be_signed = {channel.name for channel in (*webhook_channels(notifications.webhook, secrets_by_name), *notifications.channel) if channel.signing_key}
     if notifications.enabled != bool(channels):
         (place / "enabled").warning("is false, so nothing is sent" if channels else "is true, but there is no channel")
     for channel in channels if notifications.enabled else ():
@@ -6557,7 +6559,7 @@ def check_channels(notifications: Notifications, secrets_by_name: Mapping[str, b
             where.problem("its token has characters that no header can have")
         if channel.signing_key and (problem := check_webhook_key(channel.signing_key.encode())):
             where.problem(f"its signing_key {problem}")
-        elif format_of(channel) == "json" and not channel.signing_key and channel.type == "webhook":
+        elif format_of(channel) == "json" and channel.name not in to_be_signed and channel.type == "webhook":
             where.warning("its notices are not signed; name a secret in signing_key")
         if channel.type == "webhook" and format_of(channel) != "json" and (channel.signing_key or channel.token):
             where.problem(f"signing_key and token have no effect in the format of {format_of(channel)}; remove them")
@@ -14550,7 +14552,8 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the parsed command line; SystemExit(2) after a usage message."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    # As in git: `hookshot help deploy` is what some try first.
+    args = parser.parse_args([*argv[1:], "--help"] if argv[:1] == ["help"] else argv)
     if args.command is None:
         args = parser.parse_args([*argv, "run"])
     if args.command == "version":

@@ -250,6 +250,12 @@ def test_the_sentence_for_old_pythons_can_be_told_without_one():
         78, "hookshot: needs Python 3.11 or newer; this is Python 3.8.18. Run it with a newer python3.\n")
 
 
+def test_ctrl_c_while_the_source_is_compiled_leaves_no_trace(workshop):
+    (workshop / "hookshot.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n" + STUB)
+    done = call(sys.executable, built(workshop))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 # --- Byte code ---
 
 def test_byte_code_keeps_docstrings_only_where_they_are_read(workshop):

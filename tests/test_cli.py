@@ -85,6 +85,12 @@ def test_init_writes_files_that_validate_and_a_private_key(tmp_path):
     assert (found.returncode, found.stderr) == (0, "") and "valid" in found.stdout
 
 
+@pytest.mark.parametrize(("asked", "same"), [(["help"], ["--help"]), (["help", "deploy"], ["deploy", "--help"])])
+def test_help_is_a_command_too(asked, same):
+    found, wanted = (subprocess.run([*program(), *words], capture_output=True, text=True) for words in (asked, same))
+    assert (found.returncode, found.stdout, found.stderr) == (0, wanted.stdout, "") and "usage: hookshot" in found.stdout
+
+
 def test_what_init_says_comes_next_can_be_pasted(tmp_path):
     folder = tmp_path / "a folder"
     folder.mkdir()
@@ -370,11 +376,9 @@ def test_history_lists_newest_first(host):
     assert all("Failed" in line for line in host.cli("history", "--status", "Failed").stdout.splitlines()[1:])
     assert json.loads(host.cli("history", "--json", "-n", "1").stdout)["deployments"][0]["deploy_id"] == ids[1]
     # The name is mistyped, or nothing of it is kept.
-    assert host.cli("history", "wbe").stderr == "there are no deployments of wbe; `hookshot services` has the names
-"
+    assert host.cli("history", "wbe").stderr == "there are no deployments of wbe; `hookshot services` has the names\n"
     none = host.cli("history", "wbe", "--status", "Failed")
-    assert none.returncode == 0 and none.stderr == "there are no deployments of wbe in state Failed; `hookshot services` has the names
-"
+    assert none.returncode == 0 and none.stderr == "there are no deployments of wbe in state Failed; `hookshot services` has the names\n"
 
 
 def test_logs_prints_the_log_and_follow_tells_the_outcome(host):

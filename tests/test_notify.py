@@ -840,6 +840,11 @@ def test_validate_tells_what_is_wrong_with_channels_and_never_their_secrets(tmp_
     assert any(words in line for line in found), found
 
 
+def test_a_signing_key_that_no_source_has_is_missing_not_forgotten(tmp_path):
+    found = problems_of(tmp_path, enabled(table("webhook", url=CANARY_URL, signing_key="secret:sign")), "")
+    assert any("secret sign is not found" in line for line in found) and not any("not signed" in line for line in found), found
+
+
 def test_channels_that_are_switched_off_are_a_warning(tmp_path):
     assert any("is false, so nothing is sent" in line for line in problems_of(tmp_path, table("webhook", url=CANARY_URL)))
 
