@@ -731,6 +731,8 @@ def test_nothing_that_a_caller_writes_makes_a_series(tmp_path):
             return scrape(host)
 
         throw("first0")
+        # What the logs take is measured in the background, and there from then on.
+        wait_until(lambda: ("hookshot_deployment_logs_bytes", ()) in scrape(host).values)
         first, chance = throw("second1"), random.Random(7)
         for _ in range(3):
             word = "x" + "".join(chance.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=12))
