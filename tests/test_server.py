@@ -1200,6 +1200,8 @@ def test_a_log_that_nobody_reads_keeps_no_request_waiting(tmp_path):
     try:
         host.port = int(re.search(r":(\d+)", host.config.read_text())[1])
         wait_until(lambda: is_served(host, "127.0.0.1"))
+        # The last line that comes by itself; from then on all are of refusals.
+        wait_until(lambda: select.select([read], [], [], 0)[0] and b'"audit_head"' in os.read(read, 1 << 16))
         for last in range(2, 30):
             for _ in range(10):
                 assert exchange(host, get(b"/nothing", CLOSE), f"127.0.0.{last}").startswith(b"HTTP/1.1 404 ")
