@@ -49,6 +49,45 @@ def need(program: str) -> str:
     return found
 
 
+@functools.cache
+def has_python_of_machine() -> bool:
+    """Return whether this is the Python of the machines that run_in_machine boots, Debian's: of several suites at once, one needs them."""
+    with contextlib.suppress(OSError):
+        there = subprocess.run(["/usr/bin/python3", "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True).stdout
+        return there.split() == [str(number) for number in sys.version_info[:2]]
+    return False
+
+
+def run_in_machine(script: object, *, program: object = PROGRAM, file: object = None) -> Any:
+    """Run a script where tests/machine.sh says; return the JSON that it prints. Skips where no machine can be had."""
+    need("systemd-nspawn")
+    # By SIGTERM, at which the machine is taken away again; longer than machine.sh waits for others.
+    command = ["timeout", 40 * PATIENCE_S, ROOT / "tests/machine.sh", program, script, *([file] if file else [])]
+    done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(f"no machine can be had here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@contextlib.contextmanager
+def running_proxy(name: str, folder: pathlib.Path, text: str, is_up: Callable[[], bool]) -> Iterator[None]:
+    """Run nginx or Caddy in a folder with this configuration, from when `is_up` says so."""
+    found, file = need(name), folder / f"{name}.conf"
+    file.write_text(text)
+    command = {"nginx": [found, "-p", folder, "-c", file], "caddy": [found, "run", "--adapter", "caddyfile", "--config", file]}[name]
+    with open(folder / "proxy.log", "wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                   env={**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)})
+        try:
+            wait_until(lambda: is_up() or process.poll() is not None)
+            assert process.poll() is None, (folder / "proxy.log").read_text()
+            yield
+        finally:
+            process.terminate()
+            process.wait(PATIENCE_S)
+
+
 def wait_until(condition: Callable[[], Any], *, patience_s: float = PATIENCE_S) -> Any:
     """Return the first true value of `condition`; fail when it stays false."""
     deadline = time.monotonic() + patience_s

@@ -4,13 +4,11 @@
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 from pages import read_blocks, script_of, text_of
-from support import PATIENCE_S, PROGRAM, ROOT, need
+from support import ROOT, has_python_of_machine, need, run_in_machine
 from test_quickstart import read_yaml
 
 PRODUCTION = ("production-install", "production-user", "production-application", "production-config", "production-secrets", "production-polkit",
@@ -21,29 +19,14 @@ PAGES = ("systemd-unit", "systemd-socket", "systemd-credentials", "systemd-encry
 SCRAPE = "production-scrape"
 
 
-def version_of_debian() -> str:
-    """Return the version of the Python that the machine has, or nothing."""
-    try:
-        return subprocess.run(["/usr/bin/python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-# Booted once for all Pythons of a run: the machine has Debian's, whichever runs the tests.
-in_one_suite = pytest.mark.skipif(version_of_debian() != "%d.%d" % sys.version_info[:2], reason="the tests with Debian's Python run this")
+# Booted once for all Pythons of a run.
+in_one_suite = pytest.mark.skipif(not has_python_of_machine(), reason="the tests with Debian's Python run this")
 
 
 def in_a_machine(folder: pathlib.Path, script: str, blocks: dict[str, str]) -> dict:
     """Return what a script of tests/ has seen in a machine of its own that it was given these blocks for."""
     (folder / "blocks").write_text(json.dumps(blocks))
-    # By SIGTERM, at which the machine is taken away again.
-    command = ["timeout", str(40 * PATIENCE_S), ROOT / "tests/machine.sh", PROGRAM, ROOT / "tests" / script, folder / "blocks"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"no machine can be had here: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
-    (folder / "said").write_text(done.stderr)
-    return json.loads(done.stdout)
+    return run_in_machine(ROOT / "tests" / script, file=folder / "blocks")
 
 
 def without_figures(lines: list[str]) -> list[str]:

@@ -36,8 +36,6 @@ def on_terminal(*arguments: str, keys: bytes = b"", until: bytes = b"", **env: s
     """Run it on a terminal of its own, press `keys` once it has shown `until`; return the exit status and what it has shown."""
     pid, terminal = pty.fork()
     if pid == 0:
-        # A shell that runs tests in the background has them ignore Ctrl-C.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execve(sys.executable, [sys.executable, str(PROGRAM), "docs", *arguments], {**ENV, "COLUMNS": "80", "LINES": "24", **env})
     shown = b""
     while select.select([terminal], [], [], PATIENCE_S)[0]:

@@ -5,7 +5,6 @@ tests/drills.py says what is done there, once for all tests of this file; they l
 """
 
 import base64
-import json
 import pathlib
 import re
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from pages import read_blocks
-from support import PATIENCE_S, ROOT, need, program
+from support import ROOT, has_python_of_machine, need, program, run_in_machine
 
 PAGES = ("backup.md", "security.md", "audit.md")
 
@@ -37,13 +36,10 @@ def later_program(folder: pathlib.Path) -> bytes:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what was seen in the machine, by drill."""
-    need("systemd-nspawn")
     for name in ("age", "gpg", "rsync", "restic", "openssl", "curl", "sqlite3"):
         need(name)
-    # Hookshot runs with Debian's Python there, whatever runs this test: of several suites at once, one will do.
-    there = subprocess.run(["/usr/bin/python3", "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True).stdout.split()
-    if there != [str(number) for number in sys.version_info[:2]]:
-        pytest.skip(f"the machine has Python {'.'.join(there)}: the suite of that version runs this")
+    if not has_python_of_machine():
+        pytest.skip("the tests with Debian's Python run this")
     folder = tmp_path_factory.mktemp("drills")
     scripts: dict[str, str] = {}
     for block in read_blocks():
@@ -53,14 +49,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     script = folder / "script.py"
     script.write_text(f"SCRIPTS = {scripts!r}\nPROGRAMS = { {name: base64.b64encode(content).decode() for name, content in programs.items()}!r}\n"
                       + (ROOT / "tests/drills.py").read_text(encoding="utf-8"), encoding="utf-8")
-    # By SIGTERM, at which the machine is taken away again.
-    done = subprocess.run(["timeout", str(20 * PATIENCE_S), str(ROOT / "tests/machine.sh"), program()[1], str(script)],
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"no machine can be had here: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
-    (folder / "times").write_text(done.stderr)
-    return json.loads(done.stdout)
+    return run_in_machine(script, program=program()[1])
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ import pytest
 import hookshot
 import render_docs
 from pages import script_of, text_of
-from support import KEY, PATIENCE_S, PROGRAM, ROOT, Answer, Certificates, Host, free_port, make_certificates, need, program, running, service, wait_until
+from support import KEY, PATIENCE_S, ROOT, Answer, Certificates, Host, free_port, make_certificates, need, program, run_in_machine, running, running_proxy, service, wait_until
 from test_store import small_disk
 
 EXAMPLES = ROOT / "examples"
@@ -392,23 +392,6 @@ def configure(name: str, port: int, backend: int, files: Certificates, *, is_nar
     return re.sub(r"^(\s+)#(?! |\n)", r"\1", text, flags=re.MULTILINE) if is_narrow else text
 
 
-@contextlib.contextmanager
-def proxy(name: str, folder: pathlib.Path, text: str, port: int) -> Iterator[None]:
-    found, file = need(name), folder / f"{name}.conf"
-    file.write_text(text)
-    command = {"nginx": [found, "-p", folder, "-c", file], "caddy": [found, "run", "--adapter", "caddyfile", "--config", file]}[name]
-    with open(folder / "proxy.log", "wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                   env={**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)})
-        try:
-            wait_until(lambda: is_open(port) or process.poll() is not None)
-            assert process.poll() is None, (folder / "proxy.log").read_text()
-            yield
-        finally:
-            process.terminate()
-            process.wait(PATIENCE_S)
-
-
 def is_open(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), PATIENCE_S):
         return True
@@ -445,7 +428,7 @@ def fronted(name: str, folder: pathlib.Path, *, is_narrow: bool = False) -> Iter
     assert config in PAGE
     files, port = make_certificates(folder), free_port()
     with running(folder / "host", service(HOLD), config, secrets=f"read_token={TOKEN}\n") as host, \
-            proxy(name, folder, configure(name, port, host.port, files, is_narrow=is_narrow), port):
+            running_proxy(name, folder, configure(name, port, host.port, files, is_narrow=is_narrow), lambda: is_open(port)):
         yield Front(port, host, files.ca)
 
 
@@ -557,7 +540,7 @@ def test_the_firewall_lets_in_those_who_are_named_and_leaves_other_ports_alone(t
 
 def test_an_operators_way_through_the_page(tmp_path):
     """tests/machine_examples.py says what is done: every block of docs/examples.md is pasted on a machine with systemd."""
-    for tool in ("systemd-nspawn", "nginx", "caddy", "rsyslogd", "nft"):
+    for tool in ("nginx", "caddy", "rsyslogd", "nft"):
         need(tool)
     names = ["examples-files", "examples-backup", "examples-cron", "examples-rsyslog", "examples-nginx", "examples-caddy", "examples-firewall"]
     certificates = make_certificates(tmp_path)
@@ -567,12 +550,7 @@ def test_an_operators_way_through_the_page(tmp_path):
              "blocks": {name: script_of(name) for name in names} | {"examples-folder": text_of("examples-folder", "ini")}}
     script = tmp_path / "script.py"
     script.write_text(f"PARTS = {parts!r}\n" + (ROOT / "tests/machine_examples.py").read_text())
-    # By SIGTERM, at which the machine is taken away again.
-    done = subprocess.run(["timeout", str(15 * PATIENCE_S), ROOT / "tests/machine.sh", PROGRAM, script], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"no machine can be had here: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {
+    assert run_in_machine(script) == {
         "valid": "/etc/hookshot/config.toml and /etc/hookshot/services.toml are valid; services: site", "warnings": ["as hookshot, the server's user:"], "deployed": [0, 11, "1.0"],
         "archives": [["-rw-------", "hookshot"]], "timer": ["active", "enabled"], "restorable": 0, "elsewhere": [0, 1], "log file": True, "rsyslog": "active",
         "nginx": [200, 401, 403, 401], "caddy": "active", "firewall": 1}

@@ -16,7 +16,7 @@ import pytest
 
 import hookshot
 from pages import run_script, script_of, text_of
-from support import KEY, PATIENCE_S, PROGRAM, ROOT, Host, free_port, need, running, service, wait_until
+from support import KEY, PROGRAM, ROOT, Host, free_port, need, run_in_machine, running, service, wait_until
 
 PAGE = (ROOT / "docs/migrating.md").read_text(encoding="utf-8")
 ORIGINAL = ROOT / "tests/data/original"
@@ -81,19 +81,12 @@ def test_the_steps_beside_the_old_server_work_by_paste_and_deploy_nothing(tmp_pa
 
 def test_the_switch_and_the_way_back_work_by_paste_under_systemd(tmp_path):
     """tests/machine_migrating.py says over what; the page says what is done."""
-    need("systemd-nspawn")
     blocks = {name: script_of(name) for name in ("secrets-of-1", "beside", "old", "switch", "first", "way-back")}
     build = (ROOT / "build_zipapp.py").read_text(encoding="utf-8")
     script = tmp_path / "script.py"
     script.write_text((ROOT / "tests/machine_migrating.py").read_text(encoding="utf-8")
                       .replace("BLOCKS: dict[str, str]\n", f"BLOCKS = {blocks!r}\n").replace("BUILD: str\n", f"BUILD = {build!r}\n"))
-    # By SIGTERM, at which the machine is taken away again.
-    command = ["timeout", str(15 * PATIENCE_S), str(ROOT / "tests/machine.sh"), str(PROGRAM), str(script)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"no machine can be had here: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {
+    assert run_in_machine(script) == {
         "beside": [True, []], "old": "ghcr.io/example/web-app:v1.2.3", "doctor": [], "new": [True, None],
         "first": ["ghcr.io/example/web-app:v1.2.3", ["v1.2.3"]], "kept": [False, True, "redb"],
         "back": [True, True, "/opt/hookshot/hookshot"]}

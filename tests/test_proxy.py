@@ -4,13 +4,12 @@
 import contextlib
 import http.client
 import os
-import subprocess
 
 import pytest
 
 import hookshot
 from pages import text_of
-from support import KEY, PATIENCE_S, Answer, free_port, need, running, service, wait_until
+from support import KEY, PATIENCE_S, Answer, free_port, running, running_proxy, service
 
 TOKEN = "t0k3n-of-a-reader-0123456789abcdefgh"
 HOLD = '["sh", "-c", "echo begin; until [ -e go ]; do kill -0 $PPID || exit; sleep 0.02; done; echo end"]'
@@ -22,24 +21,13 @@ CADDY = "{\nadmin off\n}\nhttp://:@PORT@ {\nbind 127.0.0.1\n@BLOCK@}\n"
 @contextlib.contextmanager
 def proxy(name: str, folder, backend: int):
     """Give the port of a running nginx or Caddy in front of a port."""
-    program, port, block = need(name), free_port(), text_of(name, name)
+    port, block = free_port(), text_of(name, name)
     assert "127.0.0.1:8080" in block
     user = "user root;\n" if os.geteuid() == 0 else ""
     text = {"nginx": NGINX, "caddy": CADDY}[name].replace("@USER@", user).replace("@PORT@", str(port)) \
         .replace("@BLOCK@", block.replace("127.0.0.1:8080", f"127.0.0.1:{backend}"))
-    file = folder / f"{name}.conf"
-    file.write_text(text)
-    command = {"nginx": [program, "-p", folder, "-c", file], "caddy": [program, "run", "--adapter", "caddyfile", "--config", file]}[name]
-    with open(folder / "proxy.log", "wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                   env={**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)})
-        try:
-            wait_until(lambda: is_up(port) or process.poll() is not None)
-            assert process.poll() is None, (folder / "proxy.log").read_text()
-            yield port
-        finally:
-            process.terminate()
-            process.wait(PATIENCE_S)
+    with running_proxy(name, folder, text, lambda: is_up(port)):
+        yield port
 
 
 def is_up(port: int) -> bool:

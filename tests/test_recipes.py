@@ -33,7 +33,7 @@ import pytest
 
 import hookshot
 from pages import read_blocks, run_script, script_of
-from support import PATIENCE_S, PROGRAM, ROOT, Certificates, Host, free_port, make_certificates, need, program, wait_until
+from support import PATIENCE_S, ROOT, Certificates, Host, free_port, make_certificates, need, program, run_in_machine, running_proxy, wait_until
 
 EXAMPLES = ROOT / "examples"
 FILES = sorted(EXAMPLES.glob("*/*/services.toml"))
@@ -430,16 +430,9 @@ def listening(handler: type[Quiet], tls: ssl.SSLContext | None = None) -> Iterat
 @contextlib.contextmanager
 def nginx_of(stage: Stage) -> Iterator[None]:
     """Run a real nginx with what lies in etc/nginx/conf.d."""
-    (stage.folder / "nginx.conf").write_text(NGINX.replace("@USER@", "user root;\n" if os.geteuid() == 0 else ""))
-    with open(stage.folder / "nginx.log", "wb") as log:
-        process = subprocess.Popen([need("nginx"), "-p", stage.folder, "-c", stage.folder / "nginx.conf"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            wait_until(lambda: (stage.folder / "nginx.pid").exists() or process.poll() is not None)
-            assert process.poll() is None, (stage.folder / "nginx.log").read_text()
-            yield
-        finally:
-            process.terminate()
-            process.wait(PATIENCE_S)
+    text = NGINX.replace("@USER@", "user root;\n" if os.geteuid() == 0 else "")
+    with running_proxy("nginx", stage.folder, text, (stage.folder / "nginx.pid").exists):
+        yield
 
 
 def get(port: int, path: str = "/") -> str:
@@ -1084,7 +1077,7 @@ print(json.dumps(seen))
 
 def test_blue_and_green_on_a_real_host(tmp_path):
     """Pasted as the page says, with its polkit rules: the unit runs as hookshot, and may do these things and no others."""
-    for name in ("systemd-nspawn", "nginx", "pkcheck"):
+    for name in ("nginx", "pkcheck"):
         need(name)
     rights = next(block.text for block in read_blocks("sh") if block.page.name == "recipes.md" and "hookshot.rules" in block.text)
     unit = next(block.text for block in read_blocks("sh") if block.page.name == "recipes.md" and block.text.startswith("hookshot show unit"))
@@ -1096,10 +1089,4 @@ def test_blue_and_green_on_a_real_host(tmp_path):
     text = MACHINE.replace("@TAR@", base64.b64encode(archive.getvalue()).decode()).replace("@SCRIPTS@", repr(scripts)) \
         .replace("@DEPLOY@", script_of("recipe-blue-green-deploy").strip())
     (tmp_path / "script.py").write_text(text)
-    # By SIGTERM, at which the machine is taken away again.
-    done = subprocess.run(["timeout", str(15 * PATIENCE_S), ROOT / "tests/machine.sh", PROGRAM, tmp_path / "script.py"], stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"no machine can be had here: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout) == {"user": "hookshot", "page": "1.4.0", "after a failure": "1.4.0proxy/green.conf", "history": 1}
+    assert run_in_machine(tmp_path / "script.py") == {"user": "hookshot", "page": "1.4.0", "after a failure": "1.4.0proxy/green.conf", "history": 1}

@@ -20,7 +20,7 @@ import pytest
 
 import hookshot
 import render_docs
-from support import KEY, PATIENCE_S, PROGRAM, ROOT, Host, make_certificates, need, program, service, wait_until
+from support import KEY, PATIENCE_S, ROOT, Host, make_certificates, need, program, run_in_machine, service, wait_until
 
 HOLD = '["sh", "-c", "until [ -e go ]; do kill -0 $PPID || exit; sleep 0.02; done"]'
 EXAMPLES = ROOT / "examples" / "systemd"
@@ -546,14 +546,7 @@ def test_a_reloads_check_does_without_credentials_that_systemd_keeps_for_the_ser
 
 def test_an_operators_way_with_systemd(tmp_path):
     """tests/machine_systemd.py says what is done: units installed, started, reloaded, watched, stopped, restarted under a socket."""
-    need("systemd-nspawn")
-    # By SIGTERM, at which the machine is taken away again.
-    command = ["timeout", str(40 * PATIENCE_S), str(ROOT / "tests/machine.sh"), str(PROGRAM), str(ROOT / "tests/machine_systemd.py")]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"no machine can be had here: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    seen = run_in_machine(ROOT / "tests/machine_systemd.py")
     assert seen == {
         "doctor": ["ok   user      hookshot, as the server", "ok   unit      hookshot.service is loaded, Type=notify, User=hookshot"],
         "verify": [0, ""], "before ready": ["activating", "start"], "ready": [200, "idle, 1 service", "hookshot"], "deployed": ["Succeeded", True],

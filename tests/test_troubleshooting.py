@@ -23,6 +23,7 @@ import hookshot
 from pages import read_blocks, run_script, script_of, text_of
 from render_docs import LOCAL_ERRORS
 from support import KEY, PATIENCE_S, ROOT, Host, free_port, make_certificates, need, program, running, service, wait_until
+from test_store import small_disk
 
 PAGE = ROOT / "docs" / "troubleshooting.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -333,30 +334,17 @@ def test_a_bug_is_told_with_a_trace_in_the_log(tmp_path):
         assert line["request_id"] == problem["request_id"] and line["trace"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 16 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("missing: root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", folder], capture_output=True).returncode:
-        pytest.skip("this machine does not let root mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_a_full_disk_is_told_and_its_cure_needs_no_restart(tmp_path, small_disk):
-    data = small_disk / "data"
-    with running(tmp_path / "host", service(), f'[storage]\ndata_dir = "{data}"\n') as host:
+def test_a_full_disk_is_told_and_its_cure_needs_no_restart(tmp_path):
+    with small_disk(tmp_path / "disk", "16m") as disk, running(tmp_path / "host", service(), f'[storage]\ndata_dir = "{disk}/data"\n') as host:
+        data = disk / "data"
         host.data = data
-        with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 16))
         assert_quoted("trouble-disk", host.post({"service": "web", "image": "app:1"}).json["error"], host)
         done = run_script(f"DATA_DIR='{data}'\n" + script_of("trouble-space"), tmp_path)
         assert done.returncode == 0 and "100%" in done.stdout and f"{data}/logs" in done.stdout, done.stdout
-        (small_disk / "filler").unlink()
+        (disk / "filler").unlink()
         assert host.wait(host.deploy())["status"] == "Succeeded"
 
 
