@@ -14155,10 +14155,14 @@ def _own_program() -> list[str]:
 def _own_call() -> str:
     """Return the shell's words that call this program from here: `hookshot` where PATH leads to it."""
     interpreter, program = _own_program()
-    installed = shutil.which("hookshot")
-    if installed and os.path.realpath(installed) == os.path.realpath(program):
+
+    def is_found(name: str, file: str) -> bool:
+        return os.path.realpath(shutil.which(name) or "") == os.path.realpath(file)
+
+    if is_found("hookshot", program):
         return "hookshot"
-    python = "python3" if shutil.which("python3") else interpreter
+    # Another python3 may be too old.
+    python = "python3" if is_found("python3", interpreter) else interpreter
     beside = os.path.relpath(program)
     return shlex.join([python, program if beside.startswith(os.pardir) else beside])
 

@@ -91,13 +91,19 @@ def test_help_is_a_command_too(asked, same):
     assert (found.returncode, found.stdout, found.stderr) == (0, wanted.stdout, "") and "usage: hookshot" in found.stdout
 
 
-def test_what_init_says_comes_next_can_be_pasted(tmp_path):
-    folder = tmp_path / "a folder"
+@pytest.mark.parametrize("old_python", [False, True])
+def test_what_init_says_comes_next_can_be_pasted(tmp_path, old_python):
+    folder, first = tmp_path / "a folder", tmp_path / "first in PATH"
     folder.mkdir()
+    first.mkdir()
     shutil.copy(PROGRAM, folder)
-    said = subprocess.run([sys.executable, "hookshot.py", "init"], cwd=folder, capture_output=True, text=True, check=True).stderr
+    if old_python:
+        (first / "python3").write_text("#!/bin/sh\nexit 9\n")
+        (first / "python3").chmod(0o755)
+    env = {**os.environ, "PATH": f"{first}:{os.environ['PATH']}"}
+    said = subprocess.run([sys.executable, "hookshot.py", "init"], cwd=folder, env=env, capture_output=True, text=True, check=True).stderr
     line = next(line for line in said.splitlines() if line.endswith(" validate"))
-    done = subprocess.run(["sh", "-c", line.removeprefix("Next:")], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(["sh", "-c", line.removeprefix("Next:")], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
